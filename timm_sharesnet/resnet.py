@@ -1,0 +1,207 @@
+"""ShaResNet for ImageNet: timm's ResNet on stages that share one 3x3 convolution.
+
+Paper: A. Boulch, `ShaResNet: reducing residual network parameter number by sharing weights`, Pattern Recognition
+Letters 2018 - https://doi.org/10.1016/j.patrec.2018.01.006
+
+What is shared follows the author's code:
+  * basic block (34): the second 3x3 of every block of a stage. The first 3x3 is never shared.
+  * bottleneck (50, 101, 152): every stride-1 3x3. In stages 2 to 4 the 3x3 of the first block has the stride, as in
+    timm, and stays its own.
+
+The unshared twins are timm's `resnet34`, `resnet50`, `resnet101`, `resnet152`.
+"""
+
+from typing import Any, Dict, Optional, Type, Union
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from ._pretrained import checkpoint_filter_fn, resolve_weights
+from .stage import SharedStage, SharingBlock
+
+__all__ = ['ShaBasicBlock', 'ShaBottleneck', 'ShaResNet']  # register_model adds each entrypoint fn to this
+
+
+class ShaBasicBlock(BasicBlock, SharingBlock):
+    """timm's BasicBlock, whose second 3x3 may be the stage's."""
+
+    def forward(self, x: torch.Tensor, conv: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """timm's forward with `conv2` replaced by `forward_conv2`, see there for `conv`."""
+        shortcut = x
+
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.drop_block(x)
+        x = self.act1(x)
+        x = self.aa(x)
+
+        x = self.forward_conv2(x, conv)
+        x = self.bn2(x)
+
+        if self.se is not None:
+            x = self.se(x)
+
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        x = self.act2(x)
+
+        return x
+
+
+class ShaBottleneck(Bottleneck, SharingBlock):
+    """timm's Bottleneck, whose 3x3 may be the stage's."""
+
+    def forward(self, x: torch.Tensor, conv: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """timm's forward with `conv2` replaced by `forward_conv2`, see there for `conv`."""
+        shortcut = x
+
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.act1(x)
+
+        x = self.forward_conv2(x, conv)
+        x = self.bn2(x)
+        x = self.drop_block(x)
+        x = self.act2(x)
+        x = self.aa(x)
+
+        x = self.conv3(x)
+        x = self.bn3(x)
+
+        if self.se is not None:
+            x = self.se(x)
+
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        x = self.act3(x)
+
+        return x
+
+
+class ShaResNet(ResNet):
+    """timm's ResNet whose stages share their stride-1 3x3 convolutions.
+
+    Takes the arguments of `timm.models.ResNet`; `block` is `ShaBasicBlock` or `ShaBottleneck`. Parameter names are
+    timm's, but that a stage owns `conv` and `blocks`: `layer3.conv.weight`, `layer3.blocks.4.bn1.weight`.
+
+    Each block's last batch norm starts at zero (timm's default, `zero_init_last`); the author starts it at one.
+    """
+
+    def __init__(self, block: Type[Union[ShaBasicBlock, ShaBottleneck]], *args: Any, **kwargs: Any) -> None:
+        if not (isinstance(block, type) and issubclass(block, (ShaBasicBlock, ShaBottleneck))):
+            raise TypeError(f'block must be ShaBasicBlock or ShaBottleneck, got {block}.')
+        super().__init__(block, *args, **kwargs)
+        for i, name in enumerate(self._stage_names()):
+            # Nominal stride, not the one left by output_stride: a dilated net has the parameters of the strided one.
+            strided_conv2 = i > 0 and issubclass(block, ShaBottleneck)
+            setattr(self, name, SharedStage(getattr(self, name), first_shared=1 if strided_conv2 else 0))
+
+    def _stage_names(self):
+        return [info['module'] for info in self.feature_info[1:]]
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """Initialize as the author: convolutions N(0, sqrt(2 / (k * k * n_out))), Linear U(+-1 / sqrt(n_in)), bias 0.
+
+        Args:
+            zero_init_last: Zero-initialize the last BN in each residual branch (timm's default, not the author's).
+        """
+        super().init_weights(zero_init_last=zero_init_last)
+        if isinstance(self.fc, nn.Linear):
+            nn.init.zeros_(self.fc.bias)  # the weight has PyTorch's default, the author's
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Create regex patterns for parameter grouping, a stage's shared convolution with its first block."""
+        return dict(
+            stem=r'^conv1|bn1|maxpool',
+            blocks=r'^layer(\d+)'
+            if coarse
+            else [
+                (r'^layer(\d+)\.blocks\.(\d+)', None),
+                (r'^layer(\d+)\.conv\.', (0,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Enable or disable gradient checkpointing of each block.
+
+        The stages do it. `self.grad_checkpointing` stays False: with it, timm's ResNet flattens the stages and would
+        call their blocks without the shared convolution.
+        """
+        for module in self.modules():
+            if isinstance(module, SharedStage):
+                module.grad_checkpointing = enable
+
+
+def _create_sharesnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ShaResNet:
+    if pretrained:
+        kwargs['pretrained_cfg_overlay'] = resolve_weights(variant, **kwargs)
+    return build_model_with_cfg(ShaResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1',
+        'classifier': 'fc',
+        'paper_name': 'ShaResNet: reducing residual network parameter number by sharing weights',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        # The author's weights, once imported (hub/import_torch7.py). No cfg names a source that does not exist.
+        'sharesnet34.torch7_in1k': _cfg(),
+        'sharesnet50.torch7_in1k': _cfg(),
+        'sharesnet101.torch7_in1k': _cfg(),
+        'sharesnet152.torch7_in1k': _cfg(),
+    }
+)
+
+
+@register_model
+def sharesnet34(pretrained: bool = False, **kwargs: Any) -> ShaResNet:
+    """ResNet-34 with shared convolutions, 13.6 M parameters (Table 1)."""
+    model_args = dict(block=ShaBasicBlock, layers=(3, 4, 6, 3))
+    return _create_sharesnet('sharesnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def sharesnet50(pretrained: bool = False, **kwargs: Any) -> ShaResNet:
+    """ResNet-50 with shared convolutions, 20.5 M parameters (Table 1)."""
+    model_args = dict(block=ShaBottleneck, layers=(3, 4, 6, 3))
+    return _create_sharesnet('sharesnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def sharesnet101(pretrained: bool = False, **kwargs: Any) -> ShaResNet:
+    """ResNet-101 with shared convolutions, 29.4 M parameters (Table 1)."""
+    model_args = dict(block=ShaBottleneck, layers=(3, 4, 23, 3))
+    return _create_sharesnet('sharesnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def sharesnet152(pretrained: bool = False, **kwargs: Any) -> ShaResNet:
+    """ResNet-152 with shared convolutions, 36.8 M parameters (Table 1)."""
+    model_args = dict(block=ShaBottleneck, layers=(3, 8, 36, 3))
+    return _create_sharesnet('sharesnet152', pretrained, **dict(model_args, **kwargs))
