@@ -1,0 +1,95 @@
+"""The models are there after `import timm` alone. Each case runs in an interpreter of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SWITCHES = ('TIMM_SHARESNET_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD')
+CREATE = "print(type(timm.create_model('sharesnet50', device='meta')).__name__)"
+
+
+def run(code, *options, **env):
+    """Run `code` in a fresh interpreter, return its standard output and standard error."""
+    clean = {k: v for k, v in os.environ.items() if k not in SWITCHES}
+    result = subprocess.run([sys.executable, *options, '-c', code], env=clean | env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip(), result.stderr
+
+
+@pytest.mark.parametrize('imports', ['import timm', 'import timm_sharesnet, timm', 'import timm, timm_sharesnet'])
+def test_models_are_registered_after(imports):
+    assert run(f'{imports}; {CREATE}')[0] == 'ShaResNet'
+
+
+@pytest.mark.parametrize('switch', SWITCHES)
+def test_switch_turns_the_hook_off_and_explicit_import_registers(switch):
+    code = f"import timm; assert not timm.is_model('sharesnet50'); import timm_sharesnet; {CREATE}"
+    assert run(code, **{switch: '0'})[0] == 'ShaResNet'
+
+
+def test_explicit_import_before_timm_registers_with_the_hook_off():
+    assert run(f'import timm_sharesnet, timm; {CREATE}', TIMM_SHARESNET_AUTOLOAD='0')[0] == 'ShaResNet'
+
+
+def test_import_torch_loads_neither_timm_nor_the_models():
+    code = "import sys, torch; print(sorted(m for m in sys.modules if m.split('.')[0] in ('timm', 'timm_sharesnet')))"
+    assert run(code)[0] == "['timm_sharesnet', 'timm_sharesnet._autoload']"
+
+
+def test_hook_imports_the_standard_library_only():
+    code = """
+import sys
+before = set(sys.modules)
+import timm_sharesnet
+timm_sharesnet._autoload.autoload()
+print(sorted(m for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names))
+"""
+    assert run(code)[0] == "['timm_sharesnet', 'timm_sharesnet._autoload']"
+
+
+@pytest.mark.parametrize('options', [(), ('-W', 'error')])
+@pytest.mark.parametrize(
+    'imports', ['import timm', 'import timm, timm_sharesnet', 'import torch, timm_sharesnet, timm']
+)
+def test_broken_plugin_leaves_timm_working_and_warns_once(imports, options):
+    code = f"import sys; sys.modules['timm_sharesnet.resnet'] = None; {imports}; print(timm.is_model('resnet50'))"
+    out, err = run(code, *options)
+    assert out == 'True'
+    assert err.count('RuntimeWarning: timm-sharesnet could not register its models') == 1
+    assert 'timm_sharesnet.resnet' in err  # why
+
+
+def test_models_are_registered_in_spawned_processes():
+    # A child of `spawn` imports what it needs to unpickle the function: here timm's, not ours.
+    code = """
+import multiprocessing, timm
+if __name__ == '__main__':
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        print(pool.apply(timm.list_models, ('sharesnet50',)))
+"""
+    assert run(code)[0] == "['sharesnet50']"
+
+
+def test_hook_leaves_the_import_system_as_it_was():
+    code = """
+import inspect, sys, timm.models
+print(type(timm.models.__loader__).__name__, 'create_model' in inspect.getsource(timm.models))
+print([finder for finder in sys.meta_path if type(finder).__module__.startswith('timm_sharesnet')])
+"""
+    assert run(code)[0] == 'SourceFileLoader True\n[]'
+
+
+def test_public_names_are_lazy_and_complete():
+    code = """
+import sys, timm_sharesnet
+assert 'timm' not in sys.modules
+for name in timm_sharesnet.__all__:
+    assert name in dir(timm_sharesnet) and callable(getattr(timm_sharesnet, name)), name
+try:
+    timm_sharesnet.nothing
+except AttributeError as e:
+    print(e)
+"""
+    assert run(code)[0] == "module 'timm_sharesnet' has no attribute 'nothing'"
