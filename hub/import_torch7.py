@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Turn a Torch7 checkpoint of the author into a folder that timm loads.
+
+    python hub/import_torch7.py resnet-34.t7 --model sharesnet34 --output sharesnet34
+    python hub/import_torch7.py wrn-22-2.t7 --model shawrn40_4 --model-kwargs layers=3,3,3 widen_factor=2 --output out
+
+Then `timm.create_model('local-dir:sharesnet34', pretrained=True)`. A file that is not what `--model` says is refused:
+the exit status is 1, one line says which layer differs, and nothing is written.
+"""
+
+import argparse
+import ast
+import os
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Dict, List, Optional, Tuple
+
+import timm
+from timm.models import save_for_hf
+
+from timm_sharesnet import load_torch7
+
+
+def main(argv: Optional[List[str]] = None) -> Optional[str]:
+    """Run the command line, and return the error message if there is one."""
+    parser = argparse.ArgumentParser(description=(__doc__ or '').partition('\n')[0])
+    parser.add_argument('checkpoint', type=Path, help='file of the author, .t7 or .t7.gz')
+    parser.add_argument('--model', required=True, metavar='NAME', help='model that it holds')
+    parser.add_argument('--output', required=True, type=Path, metavar='DIR', help='folder to write')
+    parser.add_argument('--model-kwargs', nargs='*', default=[], metavar='k=v', help='as for train.py of timm')
+    args = parser.parse_args(argv)
+    try:
+        if args.output.exists() and not args.output.is_dir():
+            raise FileExistsError(f'{args.output} is not a directory')
+        model_kwargs = dict(map(_key_value, args.model_kwargs))
+        state_dict = load_torch7(args.checkpoint, args.model, **model_kwargs)
+        model = timm.create_model(args.model, **model_kwargs)
+        model.load_state_dict(state_dict)
+        _write(model, model_kwargs, args.output)
+    except Exception as e:
+        return f'{parser.prog}: error: ' + ' '.join(str(e).split())
+    print(
+        f'Wrote {args.output}/model.safetensors and config.json: {args.model}, '
+        f'{sum(p.numel() for p in model.parameters()):,} parameters. '
+        f"Load it with timm.create_model('local-dir:{args.output}', pretrained=True)."
+    )
+    return None
+
+
+def _key_value(text: str) -> Tuple[str, Any]:
+    key, equals, value = text.partition('=')
+    if not (key and equals):
+        raise ValueError(f'--model-kwargs: expected key=value, found {text!r}')
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value  # a string needs no quotes
+
+
+def _write(model: Any, model_kwargs: Dict[str, Any], output: Path) -> None:
+    """Write both files beside their place before either is moved there."""
+    folder = output if output.is_dir() else output.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    tag = model.pretrained_cfg['tag'] if 'torch7' in model.pretrained_cfg['tag'] else 'torch7'
+    with TemporaryDirectory(prefix='.import_torch7-', dir=folder) as tmp:
+        new = Path(tmp) / 'new'
+        config = dict(pretrained_cfg=dict(tag=tag))  # the default tag may be that of other weights
+        save_for_hf(model, str(new), model_config=config, model_args=model_kwargs, safe_serialization=True)
+        if output.is_dir():
+            for file in new.iterdir():
+                os.replace(file, output / file.name)
+        else:
+            new.rename(output)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,796 @@
+"""The importer of the author's Torch7 checkpoints: against his own outputs, and against files written for the tests.
+
+`data/torch7` holds copies of his small nets; of the larger files in SHARESNET_SHARED/oracle the tests that need them
+are skipped where that folder is missing.
+"""
+
+import gzip
+import importlib.util
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch7_writer import Module, Storage, Tensor, serialize, tree, write
+
+from timm_sharesnet import load_torch7
+
+DATA = Path(__file__).parent / 'data' / 'torch7'
+ORACLE = Path(os.environ.get('SHARESNET_SHARED', 'not-set')) / 'oracle'
+SCRIPT = Path(__file__).parents[1] / 'hub' / 'import_torch7.py'
+
+PREACT = dict(layers=(3, 3, 3))
+WIDE = dict(layers=(3, 3, 3), widen_factor=2)
+ORACLES = [
+    ('preact-29-c10', 'sharesnet164_cifar', PREACT),
+    ('wrn-22-2-c10', 'shawrn40_4', WIDE),
+    ('imagenet-34', 'sharesnet34', {}),
+    ('imagenet-50', 'sharesnet50', {}),
+]
+
+# The depth of each model, with small widths where the full ones make large files.
+SMALL = [
+    ('sharesnet34', dict(num_classes=10)),
+    ('sharesnet50', dict(base_width=4, num_classes=10)),
+    ('sharesnet101', dict(base_width=4, num_classes=10)),
+    ('sharesnet152', dict(base_width=4, num_classes=10)),
+    ('sharesnet164_cifar', {}),
+    ('shawrn40_4', dict(widen_factor=1)),
+    ('shawrn28_10', dict(widen_factor=1, num_classes=100)),
+]
+FULL = ['sharesnet34', 'sharesnet50', 'sharesnet101', 'sharesnet152', 'sharesnet164_cifar', 'shawrn40_4', 'shawrn28_10']
+
+
+def randomized(name: str, **kwargs: Any) -> nn.Module:
+    """Model with random batch norm: with timm's zeros after a branch, and equal layers elsewhere, faults would hide."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).eval()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias)
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 1.5)
+    model.made_by = (name, kwargs)
+    return model
+
+
+def small_preact() -> nn.Module:
+    return randomized('sharesnet164_cifar', layers=(3, 1, 1))
+
+
+def small_wide() -> nn.Module:
+    return randomized('shawrn28_10', layers=(3, 1, 1), widen_factor=1)
+
+
+def small_basic() -> nn.Module:
+    return randomized('sharesnet34', layers=(3, 2, 1, 1), num_classes=10)
+
+
+def small_bottleneck() -> nn.Module:
+    return randomized('sharesnet50', layers=(3, 3, 1, 1), base_width=4, num_classes=10)
+
+
+def load_like(path: Path, model: nn.Module) -> Dict[str, torch.Tensor]:
+    name, kwargs = model.made_by
+    return load_torch7(path, name, **kwargs)
+
+
+def assert_same(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> None:
+    expected = model.state_dict()
+    assert list(state_dict) == list(expected)
+    different = [k for k, v in expected.items() if not torch.equal(v, state_dict[k]) or v.dtype != state_dict[k].dtype]
+    assert not different
+
+
+def assert_close(actual: Any, expected: np.ndarray, tol: float = 1e-10, what: str = '') -> None:
+    error = np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max()
+    assert error <= tol, f'{what}: relative error {error:.1e}'
+
+
+# ---- The author's files
+
+
+@pytest.mark.parametrize('file,name,kwargs', ORACLES, ids=[o[0] for o in ORACLES])
+def test_author_checkpoint_gives_author_outputs(file: str, name: str, kwargs: Dict[str, Any]) -> None:
+    folder = DATA if (DATA / f'{file}.t7.gz').exists() else ORACLE
+    if not (folder / f'{file}.t7.gz').exists():
+        pytest.skip('needs SHARESNET_SHARED')
+    model = timm.create_model(name, **kwargs)
+    model.load_state_dict(load_torch7(folder / f'{file}.t7.gz', name, **kwargs), strict=True)
+    io = np.load(folder / f'{file}.io.npz')
+    with torch.no_grad():
+        output = model.double().eval()(torch.from_numpy(io['input']).double())
+    assert_close(output, io['output'])
+
+
+def sample(x: Any) -> np.ndarray:
+    """What the package's small copy of the training data keeps of a large array, of all its channels and positions."""
+    x = np.ravel(x)
+    return x[:: max(1, x.size // 64) | 1] if x.size > 64 else x
+
+
+@pytest.mark.parametrize('folder', [DATA, ORACLE], ids=['sampled', 'complete'])
+def test_training_step_equals_the_author_s(folder: Path) -> None:
+    """Loss, gradients (of a shared convolution the sum over its uses), running statistics, three steps of SGD."""
+    if not (folder / 'preact-29-c10.train.npz').exists():
+        pytest.skip('needs SHARESNET_SHARED')
+    data = dict(np.load(folder / 'preact-29-c10.train.npz'))
+
+    def name(author: str) -> str:
+        author = re.sub(r'^(layer\d)\.(\d)', r'\1.blocks.\2', author)
+        for old, new in (('shared', 'conv'), ('downsample.conv', 'downsample'), ('bn_final', 'norm')):
+            author = author.replace(old, new)
+        return author
+
+    def part(prefix: str) -> Dict[str, np.ndarray]:
+        return {name(k.removeprefix(prefix)): v for k, v in data.items() if k.startswith(prefix)}
+
+    def assert_all_close(actual: Dict[str, torch.Tensor], expected: Dict[str, np.ndarray]) -> None:
+        for k, v in expected.items():
+            assert_close(actual[k].detach().numpy() if folder == ORACLE else sample(actual[k].detach()), v, what=k)
+
+    model = timm.create_model('sharesnet164_cifar', **PREACT)
+    init = {k: torch.from_numpy(v) for k, v in part('init.').items()}
+    missing = model.load_state_dict(init, strict=False)
+    assert not missing.unexpected_keys and all('num_batches' in k for k in missing.missing_keys)
+    model = model.double()
+    x, target = torch.from_numpy(data['input']).double(), torch.from_numpy(data['target0'])
+    with torch.no_grad():
+        assert_close(model.eval()(x), data['output_eval'], 1e-6, 'output_eval')  # stored in float32
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    losses = []
+    model.train()
+    for step in range(3):
+        output = model(x)
+        loss = F.cross_entropy(output, target)
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        if step == 0:
+            assert_close(output.detach(), data['train_output'], what='train_output')
+            assert_close(loss.item(), data['train_loss'], what='train_loss')
+            grads = {k: p.grad for k, p in model.named_parameters()}
+            assert grads.keys() == part('grad.').keys()
+            assert_all_close(grads, part('grad.'))
+            assert_all_close(model.state_dict(), part('after1.'))
+        optimizer.step()
+    assert_close(losses, data['sgd_losses'], what='sgd_losses')
+    assert_all_close(model.state_dict(), part('sgd3.'))
+    with torch.no_grad():
+        assert_close(model.eval()(x), data['sgd_output_eval'], what='sgd_output_eval')
+
+
+# ---- What is read
+
+
+@pytest.mark.parametrize('name,kwargs', SMALL, ids=[name for name, _ in SMALL])
+def test_reads_all_models(name: str, kwargs: Dict[str, Any], tmp_path: Path) -> None:
+    model = randomized(name, **kwargs)
+    net = tree(model, gradients='net34' not in name)
+    assert_same(load_torch7(write(tmp_path / 'net.t7', net), name, **kwargs), model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FULL)
+def test_reads_all_models_in_full_size(name: str, tmp_path: Path) -> None:
+    model = randomized(name)
+    assert_same(load_torch7(write(tmp_path / 'net.t7', tree(model, cudnn=True)), name), model)
+
+
+@pytest.mark.parametrize('kind', ['Float', 'Double', 'Half', 'Cuda', 'CudaDouble', 'CudaHalf'])
+@pytest.mark.parametrize('make', [small_bottleneck, small_wide])
+def test_reads_tensors_of_all_floating_point_types(make: Callable[[], Any], kind: str, tmp_path: Path) -> None:
+    model = make()
+    if kind.endswith('Half'):
+        model = model.half().float()
+    assert_same(load_like(write(tmp_path / 'net.t7', tree(model, kind, cudnn='Cuda' in kind)), model), model)
+
+
+def test_reads_gzip_under_any_name(tmp_path: Path) -> None:
+    model = small_preact()
+    (tmp_path / 'net').write_bytes(gzip.compress(serialize(tree(model)), 1))
+    assert_same(load_like(tmp_path / 'net', model), model)
+
+
+def test_reads_inverse_standard_deviations_of_old_batch_norm(tmp_path: Path) -> None:
+    model = small_preact()
+    net = tree(model, 'Double')
+    for bn in net.walk('BatchNormalization'):
+        bn.version = 1
+        bn.fields['running_std'] = Tensor(Storage((bn.fields.pop('running_var').values + 1e-5) ** -0.5, 'Double'))
+    state_dict = load_like(write(tmp_path / 'net.t7', net), model)
+    torch.testing.assert_close(state_dict, dict(model.state_dict()), rtol=2e-7, atol=0)
+
+
+def test_reads_running_std_only_where_the_class_is_old(tmp_path: Path) -> None:
+    model = small_preact()
+    net = tree(model)
+    for bn in net.walk('BatchNormalization'):
+        bn.fields['running_std'] = Tensor(Storage(np.ones(bn.fields['weight'].size)))
+    assert_same(load_like(write(tmp_path / 'net.t7', net), model), model)
+
+
+def test_reads_flat_weights_and_zero_biases_of_old_convolutions(tmp_path: Path) -> None:
+    model = small_preact()
+    net = tree(model)
+    for conv in net.walk('SpatialConvolution'):
+        conv.name = 'nn.SpatialConvolutionMM'
+        size = conv.fields['weight'].size
+        conv.fields['weight'].size = (size[0], int(np.prod(size[1:])))
+        conv.fields['bias'] = Tensor(Storage(np.zeros(size[0])))
+        conv.fields['padding'] = conv.fields.pop('padW')
+        del conv.fields['padH']
+    assert_same(load_like(write(tmp_path / 'net.t7', net), model), model)
+
+
+def test_reads_dropout_before_the_second_convolution(tmp_path: Path) -> None:
+    model = small_wide()
+    net = tree(model)
+    for branch, i in (net[1][0][2][0], 3), (net[1][1][0][0], 5), (net[1][2][0][0], 5):
+        branch.fields['modules'].insert(i, Module('nn.Dropout', p=0.3, v2=True))
+    assert_same(load_like(write(tmp_path / 'net.t7', net), model), model)
+
+
+def test_reads_equal_copies_of_a_shared_convolution(tmp_path: Path) -> None:
+    model = small_preact()
+    net = tree(model)
+    conv = net[1][2][0][0][5]
+    conv.fields['weight'] = Tensor(Storage(conv.fields['weight'].values))
+    assert_same(load_like(write(tmp_path / 'net.t7', net), model), model)
+
+
+def test_reads_an_unshared_twin(tmp_path: Path) -> None:
+    model = randomized('resnet164_cifar', layers=(2, 1, 1))
+    assert_same(load_like(write(tmp_path / 'net.t7', tree(model)), model), model)
+
+
+# ---- What is refused
+
+Change = Callable[[Module], Any]
+
+
+def field(path: str, key: str, value: Any) -> Change:
+    """Set a field of the module at `path`, e.g. '1.0.3'."""
+
+    def change(net: Module) -> None:
+        at(net, path).fields[key] = value
+
+    return change
+
+
+def at(net: Module, path: str) -> Module:
+    for i in path.split('.'):
+        net = net[int(i)]
+    return net
+
+
+def insert(path: str, i: int, module: Module) -> Change:
+    return lambda net: (at(net, path) if path else net).fields['modules'].insert(i, module)
+
+
+def remove(path: str, i: int) -> Change:
+    return lambda net: (at(net, path) if path else net).fields['modules'].pop(i)
+
+
+def replace(path: str, module: Any) -> Change:
+    *head, last = path.split('.')
+
+    def change(net: Module) -> None:
+        (at(net, '.'.join(head)) if head else net).fields['modules'][int(last)] = module
+
+    return change
+
+
+def poke(path: str, key: str, value: float) -> Change:
+    def change(net: Module) -> None:
+        at(net, path).fields[key].values.flat[1] = value
+
+    return change
+
+
+def tensor(*size: int) -> Tensor:
+    return Tensor(Storage(np.ones(size)))
+
+
+def rename(path: str, name: str) -> Change:
+    def change(net: Module) -> None:
+        at(net, path).name = name
+
+    return change
+
+
+def alias(path: str, other: str) -> Change:
+    def change(net: Module) -> None:
+        at(net, path).fields['weight'] = at(net, other).fields['weight']
+
+    return change
+
+
+def unshare(path: str) -> Change:
+    def change(net: Module) -> None:
+        conv = at(net, path)
+        conv.fields['weight'] = Tensor(Storage(conv.fields['weight'].values))
+        conv.fields['weight'].values.flat[-1] += 1e-3
+
+    return change
+
+
+# change, the beginning of the complaint (a layer), expected, found
+REFUSED_PREACT = {
+    'kernel': (field('0', 'kW', 5), 'conv1:', 'kernel (3, 3)', 'kernel (3, 5)'),
+    'stride': (field('2.0.2.0.0', 'dH', 1), 'layer2.blocks.0.conv1:', 'stride (2, 2)', 'stride (1, 2)'),
+    'padding': (field('1.0.2.0.3', 'padH', 0), 'layer1.blocks.0.conv2:', 'padding (1, 1)', 'padding (0, 1)'),
+    'groups': (field('0', 'groups', 2), 'conv1:', 'groups 1', 'groups 2'),
+    'planes': (field('0', 'nInputPlane', 1), 'conv1:', '3 -> 16', '1 -> 16'),
+    'not_a_number': (field('0', 'kW', {}), 'conv1:', 'kernel (3, 3)', "kernel (3, '?')"),
+    'dilated': (rename('0', 'nn.SpatialDilatedConvolution'), 'conv1:', 'convolution', 'nn.SpatialDilatedConvolution'),
+    'bias': (field('0', 'bias', tensor(16)), 'conv1:', 'bias False', 'bias True'),
+    'eps': (field('4', 'eps', 1e-3), 'norm:', 'eps 1e-05', 'eps 0.001'),
+    'momentum': (field('4', 'momentum', 0.9), 'norm:', 'momentum 0.1', 'momentum 0.9'),
+    'activation': (rename('5', 'nn.Tanh'), 'act:', 'ReLU', 'nn.Tanh'),
+    'threshold': (field('1.0.1', 'threshold', 1), 'layer1.blocks.0.act1:', 'ReLU', 'nn.ReLU'),
+    'pooling_kernel': (field('6', 'kH', 7), 'global_pool:', 'kernel (8, 8)', 'kernel (7, 8)'),
+    'sum_pooling': (field('6', 'divide', False), 'global_pool:', 'avg pooling', 'sum pooling'),
+    'max_pooling': (rename('6', 'nn.SpatialMaxPooling'), 'global_pool:', 'avg pooling', 'max pooling'),
+    'no_view': (remove('', 7), 'global_pool.flatten:', 'nn.View', 'Linear'),
+    'no_classifier': (remove('', 8), 'fc:', '9 modules', '8'),
+    'softmax': (insert('', 9, Module('nn.LogSoftMax')), 'fc:', '9 modules', '10'),
+    'scaling_dropout': (
+        insert('1.0.2.0', 3, Module('nn.Dropout', p=0.3)),
+        'layer1.blocks.0.conv2:',
+        'convolution',
+        'nn.Dropout that scales',
+    ),
+    'misplaced_dropout': (
+        insert('1.0.2.0', 5, Module('nn.Dropout', v2=True)),
+        'layer1.blocks.0.drop:',
+        'nn.Dropout',
+        'convolution',
+    ),
+    'block_missing': (remove('1', 2), 'layer1:', '3 blocks', '2'),
+    'block_added': (insert('2', 1, Module('nn.Sequential')), 'layer2:', '1 blocks', '2'),
+    'shortcut_for_identity': (
+        replace('1.1.0.1', Module('nn.Sequential')),
+        'layer1.blocks.1.downsample:',
+        'nn.Identity',
+        'nn.Sequential',
+    ),
+    'identity_for_shortcut': (
+        replace('1.0.2.1', Module('nn.Identity')),
+        'layer1.blocks.0.downsample:',
+        'nn.Sequential',
+        'nn.Identity',
+    ),
+    'norm_in_shortcut': (
+        insert('1.0.2.1', 1, Module('nn.SpatialBatchNormalization')),
+        'layer1.blocks.0.downsample:',
+        '1 modules',
+        '2',
+    ),
+    'no_sum': (replace('1.1.1', Module('nn.CMulTable')), 'layer1.blocks.1:', 'nn.CAddTable', 'nn.CMulTable'),
+    'nil': (replace('5', None), 'act:', 'ReLU', 'nothing'),
+    'table': (replace('5', {}), 'act:', 'ReLU', 'no module'),
+    'no_modules': (field('1', 'modules', None), 'layer1:', '3 blocks', '0'),
+    'classes': (field('8', 'weight', tensor(7, 256)), 'fc.weight:', '(10, 256)', '(7, 256)'),
+    'no_weight': (field('4', 'weight', None), 'norm.weight:', 'a tensor of shape (256,)', 'none'),
+    'statistics_missing': (field('4', 'running_var', None), 'norm.running_var:', 'a tensor', 'none'),
+    'flat_norm': (field('4', 'weight', tensor(256, 1)), 'norm.weight:', '(256,)', '(256, 1)'),
+    'long': (
+        field('8', 'bias', Tensor(Storage(np.ones(10), 'Long'))),
+        'fc.bias:',
+        'floating point numbers',
+        'int64',
+    ),
+    'outside_storage': (
+        field('8', 'bias', Tensor(Storage(np.ones(12)), (10,), 3)),
+        'fc.bias:',
+        'floating point numbers',
+        'none in its storage',
+    ),
+    'negative_offset': (
+        field('8', 'bias', Tensor(Storage(np.ones(12)), (10,), -1)),
+        'fc.bias:',
+        'floating point numbers',
+        'none in its storage',
+    ),
+    'nan': (poke('8', 'weight', np.nan), 'fc.weight:', 'finite values', 'NaN or infinity in 1 of 2560'),
+    'inf': (poke('4', 'running_mean', -np.inf), 'norm.running_mean:', 'finite values', 'NaN or infinity in 1 of 256'),
+    'nan_in_shared': (
+        poke('1.1.0.0.5', 'weight', np.nan),
+        'layer1.conv.weight (in layer1.blocks.1):',
+        'finite values',
+        'NaN or infinity in 1 of 2304',
+    ),
+    'negative_variance': (poke('4', 'running_var', -0.5), 'norm.running_var:', 'variances', 'a minimum of -0.5'),
+    'unshared': (unshare('1.2.0.0.5'), 'layer1.conv.weight (in layer1.blocks.2):', 'one tensor for all', 'another'),
+    'first_block_shared': (
+        alias('1.1.0.0.5', '1.0.2.0.3'),
+        'layer1.conv.weight (in layer1.blocks.1):',
+        'a tensor of its own',
+        'the one of layer1.blocks.0.conv2.weight',
+    ),
+    'shared_norm': (
+        alias('1.2.0.0.0', '1.1.0.0.0'),
+        'layer1.blocks.2.bn1.weight:',
+        'a tensor of its own',
+        'the one of layer1.blocks.1.bn1.weight',
+    ),
+}
+REFUSED_IMAGENET = {
+    'max_pool': (field('3', 'kH', 2), 'maxpool:', 'kernel (3, 3)', 'kernel (2, 3)'),
+    'ceil_mode': (field('3', 'ceil_mode', True), 'maxpool:', 'ceil_mode False', 'ceil_mode True'),
+    'no_norm_in_shortcut': (remove('5.0.0.1', 1), 'layer2.blocks.0.downsample:', '2 modules', '1'),
+    'stride_of_shortcut': (field('5.0.0.1.0', 'dW', 1), 'layer2.blocks.0.downsample.0:', '(2, 2)', '(2, 1)'),
+    'no_relu_after_sum': (remove('4.0', 2), 'layer1.blocks.0:', '3 modules', '2'),
+    'dropout': (insert('4.0.0.0', 3, Module('nn.Dropout', v2=True)), 'layer1.conv (in', 'convolution', 'Dropout'),
+}
+
+
+def assert_refused(model: nn.Module, net: Module, tmp_path: Path, layer: str, expected: str, found: str) -> None:
+    path = write(tmp_path / 'net.t7', net)
+    with pytest.raises(ValueError) as e:
+        load_like(path, model)
+    name, _ = model.made_by
+    before, _, after = str(e.value).partition(', found ')
+    assert before.startswith(f'{path} does not hold {name}: {layer}')
+    assert expected in before.partition(': expected ')[2]
+    assert found in after
+
+
+@pytest.fixture(scope='module')
+def preact() -> nn.Module:
+    return small_preact()
+
+
+@pytest.mark.parametrize('fault', REFUSED_PREACT)
+def test_refuses_a_net_that_differs_in(fault: str, preact: nn.Module, tmp_path: Path) -> None:
+    change, *message = REFUSED_PREACT[fault]
+    net = tree(preact)
+    change(net)
+    assert_refused(preact, net, tmp_path, *message)
+
+
+@pytest.fixture(scope='module')
+def imagenet() -> nn.Module:
+    return randomized('sharesnet34', layers=(1, 1, 1, 1), num_classes=10)
+
+
+@pytest.mark.parametrize('fault', REFUSED_IMAGENET)
+def test_refuses_an_imagenet_net_that_differs_in(fault: str, imagenet: nn.Module, tmp_path: Path) -> None:
+    change, *message = REFUSED_IMAGENET[fault]
+    net = tree(imagenet, gradients=False)
+    change(net)
+    assert_refused(imagenet, net, tmp_path, *message)
+
+
+@pytest.mark.parametrize(
+    'path,layer',
+    [
+        ('4.0.0.0.3', 'layer1.conv.weight (in layer1.blocks.1)'),  # the first block shares
+        ('4.2.0.0.3', 'layer1.conv.weight (in layer1.blocks.2)'),
+        ('5.1.0.0.3', 'layer2.conv.weight (in layer2.blocks.1)'),
+    ],
+)
+def test_refuses_unshared_uses_in_basic_blocks(path: str, layer: str, tmp_path: Path) -> None:
+    model = small_basic()
+    net = tree(model, gradients=False)
+    unshare(path)(net)
+    assert_refused(model, net, tmp_path, layer, 'one tensor for all', 'another')
+
+
+def test_refuses_the_first_3x3_of_basic_blocks_shared(tmp_path: Path) -> None:
+    model = small_basic()
+    net = tree(model, gradients=False)
+    alias('4.1.0.0.0', '4.0.0.0.0')(net)
+    layer = 'layer1.blocks.1.conv1.weight'
+    assert_refused(model, net, tmp_path, layer, 'a tensor of its own', 'the one of layer1.blocks.0.conv1.weight')
+
+
+def test_refuses_unshared_uses_in_bottlenecks(tmp_path: Path) -> None:
+    model = small_bottleneck()
+    net = tree(model, gradients=False)
+    unshare('5.2.0.0.3')(net)
+    layer = 'layer2.conv.weight (in layer2.blocks.2)'
+    assert_refused(model, net, tmp_path, layer, 'one tensor for all', 'another')
+
+
+def test_refuses_a_shared_net_for_its_unshared_twin() -> None:
+    with pytest.raises(
+        ValueError, match='layer1.blocks.2.conv2.weight: expected a tensor of its own, found the one of'
+    ):
+        load_torch7(DATA / 'preact-29-c10.t7.gz', 'resnet164_cifar', **PREACT)
+
+
+def test_refuses_an_unshared_net_for_its_shared_twin(tmp_path: Path) -> None:
+    path = write(tmp_path / 'net.t7', tree(randomized('wrn40_4', **WIDE)))
+    with pytest.raises(ValueError, match=r'layer1.conv.weight \(in layer1.blocks.2\): expected one tensor for all'):
+        load_torch7(path, 'shawrn40_4', **WIDE)
+
+
+@pytest.mark.parametrize(
+    'name,kwargs,complaint',
+    [
+        ('sharesnet34', {}, 'conv1: expected convolution 3 -> 64'),
+        ('shawrn40_4', PREACT, r'layer1.blocks.0.conv1: expected .*kernel \(3, 3\).*found .*kernel \(1, 1\)'),
+        ('sharesnet164_cifar', {}, 'layer1: expected 18 blocks, found 3'),
+        ('sharesnet164_cifar', dict(layers=(2, 3, 3)), 'layer1: expected 2 blocks, found 3'),
+        ('sharesnet164_cifar', dict(layers=(3, 3, 4)), 'layer3: expected 4 blocks, found 3'),
+        ('sharesnet164_cifar', dict(widen_factor=2, **PREACT), 'layer1.blocks.0.conv1: expected convolution 16 -> 32'),
+        (
+            'sharesnet164_cifar',
+            dict(num_classes=100, **PREACT),
+            r'fc.weight: expected shape \(100, 256\), found \(10, ',
+        ),
+        ('sharesnet164_cifar', dict(num_classes=0, **PREACT), 'fc: expected Identity, found Linear'),
+        ('sharesnet164_cifar', dict(in_chans=1, **PREACT), 'conv1: expected convolution 1 -> 16'),
+        ('sharesnet164_cifar', dict(act_layer='silu', **PREACT), 'layer1.blocks.0.act1: expected SiLU, found ReLU'),
+        ('sharesnet164_cifar', dict(global_pool='max', **PREACT), 'global_pool: expected max pooling'),
+    ],
+)
+def test_refuses_another_net(name: str, kwargs: Dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=f'does not hold {name}: {complaint}'):
+        load_torch7(DATA / 'preact-29-c10.t7.gz', name, **kwargs)
+
+
+@pytest.mark.parametrize(
+    'name,complaint',
+    [
+        ('sharesnet50', r'layer1.blocks.0.conv1: expected .*kernel \(1, 1\).*found .*kernel \(3, 3\)'),
+        ('sharesnet164_cifar', 'conv1: expected convolution 3 -> 16'),
+    ],
+)
+def test_refuses_an_imagenet_net_for(name: str, complaint: str, tmp_path: Path) -> None:
+    path = write(tmp_path / 'net.t7', tree(small_basic(), gradients=False))
+    with pytest.raises(ValueError, match=f'does not hold {name}: {complaint}'):
+        load_torch7(path, name)
+
+
+def test_refuses_another_depth_of_the_same_kind(tmp_path: Path) -> None:
+    kwargs = dict(base_width=4, num_classes=10)
+    path = write(tmp_path / 'net.t7', tree(randomized('sharesnet50', **kwargs), gradients=False))
+    with pytest.raises(ValueError, match='does not hold sharesnet101: layer3: expected 23 blocks, found 6'):
+        load_torch7(path, 'sharesnet101', **kwargs)
+
+
+def test_refuses_layers_that_the_author_s_nets_lack(tmp_path: Path) -> None:
+    model = randomized('sharesnet34', layers=(1, 1, 1, 1), num_classes=10)
+    path = write(tmp_path / 'net.t7', tree(model, gradients=False))
+    with pytest.raises(ValueError, match='layer1.blocks.0.se.fc1.weight: expected one of the layers of the author'):
+        load_torch7(path, 'sharesnet34', layers=(1, 1, 1, 1), num_classes=10, block_args=dict(attn_layer='se'))
+
+
+@pytest.mark.parametrize(
+    'name,kwargs,complaint',
+    [
+        ('resnet50', {}, 'resnet50 is no model of timm_sharesnet'),
+        ('no_such_model', {}, r'no_such_model cannot be built with \{\}: RuntimeError: Unknown model'),
+        ('shawrn40_4', dict(layers='abc'), 'shawrn40_4 cannot be built with'),
+        ('shawrn40_4', dict(depth=3), "shawrn40_4 cannot be built with .*'depth'"),
+    ],
+)
+def test_refuses_what_is_no_model(name: str, kwargs: Dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        load_torch7(DATA / 'preact-29-c10.t7.gz', name, **kwargs)
+
+
+# ---- Damaged files
+
+
+def damaged(data: bytes) -> Dict[str, bytes]:
+    storage = data.index(b'torch.FloatStorage') + len(b'torch.FloatStorage')  # its size follows
+    tensor = data.index(b'torch.FloatTensor') + len(b'torch.FloatTensor')  # its number of dimensions follows
+    huge = struct.pack('<q', 2**62)
+    z = gzip.compress(data, 1)
+    return {
+        'empty': b'',
+        'short': data[:3],
+        'first_value_only': data[:4],
+        'in_a_name': data[:20],
+        'in_a_number': data[: tensor + 2],
+        'in_the_weights': data[: storage + 1000],
+        'last_byte_missing': data[:-1],
+        'huge_storage': data[:storage] + huge + data[storage + 8 :],
+        'negative_storage': data[:storage] + struct.pack('<q', -1) + data[storage + 8 :],
+        'huge_dimension': data[:tensor] + struct.pack('<i', 2**31 - 1) + data[tensor + 4 :],
+        'negative_dimension': data[:tensor] + struct.pack('<i', -1) + data[tensor + 4 :],
+        'unknown_type': data[:8] + struct.pack('<i', 1 << 30) + data[12:],
+        'deep': struct.pack('<iii', 4, 1, 0) + b''.join(struct.pack('<iii', 3, i, 1) for i in range(2, 5000)),
+        'huge_table': struct.pack('<iii', 4, 1, 0) + struct.pack('<iii', 3, 2, 2**31 - 1),
+        'huge_name': struct.pack('<iii', 4, 1, 10**9) + b'V 1',
+        'ascii': b'4\n1\n3\nV 1\n13\nnn.Sequential\n',
+        'pickle': pickle.dumps({'state_dict': 1}),
+        'zip': b'PK\3\4' + bytes(100),
+        'text': b'hello world\n',
+        'gzip_of_text': gzip.compress(b'hello world\n'),
+        'gzip_of_nothing': gzip.compress(b''),
+        'gzip_truncated': z[:-100],
+        'gzip_corrupt': z[: len(z) // 2] + bytes(50) + z[len(z) // 2 + 50 :],
+        'gzip_wrong_checksum': z[:-8] + bytes(4) + z[-4:],
+        'gzip_header_only': z[:5],
+    }
+
+
+@pytest.fixture(scope='module')
+def net_bytes(preact: nn.Module) -> bytes:
+    return serialize(tree(preact))
+
+
+@pytest.mark.parametrize('fault', damaged(b'V 1torch.FloatTensortorch.FloatStorage'))
+def test_refuses_a_damaged_file(fault: str, net_bytes: bytes, preact: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / 'net.t7'
+    path.write_bytes(damaged(net_bytes)[fault])
+    with pytest.raises(ValueError) as e:
+        load_like(path, preact)
+    kind = 'a damaged gzip file' if fault.startswith('gzip_') and '_of_' not in fault else '(truncated or )?no Torch7'
+    assert re.match(re.escape(str(path)) + f' is {kind}', str(e.value))
+
+
+def test_says_how_to_save_an_ascii_file_in_binary(preact: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / 'net.t7').write_bytes(b'4\n1\n3\nV 1\n13\nnn.Sequential\n')
+    with pytest.raises(ValueError, match='may be ascii, save it with torch.save'):
+        load_like(tmp_path / 'net.t7', preact)
+
+
+def test_refuses_a_file_that_holds_no_module(preact: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='fc: expected nn.Sequential, found no module'):
+        load_like(write(tmp_path / 'net.t7', tensor(3)), preact)
+
+
+@pytest.mark.parametrize('error,path', [(FileNotFoundError, 'missing.t7'), (IsADirectoryError, '.')])
+def test_a_file_that_cannot_be_opened_is_an_os_error(error: type, path: str, tmp_path: Path) -> None:
+    with pytest.raises(error):
+        load_torch7(tmp_path / path, 'sharesnet34')
+
+
+def test_no_damage_has_other_consequences_than_a_refusal(tmp_path: Path) -> None:
+    """Bits flipped at random outside the values: the file is refused, or the damage was to what nobody reads."""
+    model = randomized('shawrn40_4', layers=(2, 1, 1), widen_factor=1)
+    data = serialize(tree(model, gradients=False))
+    storages = [(m.end() + 8, struct.unpack_from('<q', data, m.end())[0]) for m in re.finditer(b'FloatStorage', data)]
+    values = np.zeros(len(data), bool)
+    for start, n in storages:
+        values[start : start + 4 * n] = True
+    rng = np.random.default_rng(0)
+    refused = 0
+    for i in rng.choice(np.flatnonzero(~values), 60, replace=False):
+        damaged = bytearray(data)
+        damaged[i] ^= 1 << rng.integers(8)
+        (tmp_path / 'net.t7').write_bytes(damaged)
+        try:
+            state_dict = load_like(tmp_path / 'net.t7', model)
+        except ValueError:
+            refused += 1
+        else:
+            assert state_dict.keys() == model.state_dict().keys()
+    assert refused > 20
+
+
+def test_says_what_to_install_without_torchfile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'torchfile', None)
+    with pytest.raises(ImportError, match=r"pip install 'timm-sharesnet\[torch7\]'"):
+        load_torch7(DATA / 'preact-29-c10.t7.gz', 'sharesnet164_cifar', **PREACT)
+
+
+def test_leaves_torchfile_as_it_is() -> None:
+    import torchfile
+
+    before = dict(torchfile.type_handlers)
+    load_torch7(DATA / 'preact-29-c10.t7.gz', 'sharesnet164_cifar', **PREACT)
+    assert torchfile.type_handlers == before
+
+
+# ---- The command line
+
+
+spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+
+def main(*args: Any) -> Any:
+    """The script's error message, None after success."""
+    return script.main([str(arg) for arg in args])
+
+
+def test_command_writes_what_timm_loads(tmp_path: Path, capsys: Any) -> None:
+    checkpoint, out = DATA / 'wrn-22-2-c10.t7.gz', tmp_path / 'new' / 'wrn'
+    error = main(
+        checkpoint, '--model', 'shawrn40_4', '--output', out, '--model-kwargs', 'layers=3,3,3', 'widen_factor=2'
+    )
+    assert error is None
+    assert sorted(p.name for p in out.iterdir()) == ['config.json', 'model.safetensors']
+    assert [p.name for p in out.parent.iterdir()] == ['wrn']
+    captured = capsys.readouterr()
+    assert f"timm.create_model('local-dir:{out}', pretrained=True)" in captured.out and '886,106' in captured.out
+    assert captured.out.count('\n') == 1 and not captured.err
+    io = np.load(DATA / 'wrn-22-2-c10.io.npz')
+    with torch.no_grad():
+        model = timm.create_model(f'local-dir:{out}', pretrained=True)
+        output = model.double().eval()(torch.from_numpy(io['input']).double())
+    assert_close(output, io['output'])
+    assert model.pretrained_cfg['tag'] == 'torch7'
+
+
+@pytest.mark.parametrize('layers', ['2,1,1', '(2,1,1)', '[2, 1, 1]'])
+def test_command_records_the_architecture(layers: str, tmp_path: Path) -> None:
+    model = randomized('sharesnet164_cifar', layers=(2, 1, 1), num_classes=7, in_chans=1)
+    kwargs = [f'layers={layers}', 'num_classes=7', 'in_chans=1', 'act_layer=relu']
+    net = write(tmp_path / 'net.t7', tree(model))
+    assert main(net, '--model', 'sharesnet164_cifar', '--output', tmp_path, '--model-kwargs', *kwargs) is None
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert_same(loaded.state_dict(), model)
+    assert loaded.num_classes == 7 and loaded.pretrained_cfg['num_classes'] == 7
+
+
+def test_command_replaces_an_older_import(tmp_path: Path) -> None:
+    for name in ('model.safetensors', 'config.json', 'README.md'):
+        (tmp_path / name).write_text('old')
+    args = ('--model', 'sharesnet164_cifar', '--output', tmp_path, '--model-kwargs', 'layers=3,3,3')
+    assert main(DATA / 'preact-29-c10.t7.gz', *args) is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+    assert (tmp_path / 'README.md').read_text() == 'old'
+    timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+
+
+@pytest.mark.parametrize(
+    'args,complaint',
+    [
+        (['x.t7', '--model', 'sharesnet34'], 'No such file'),
+        (['.', '--model', 'sharesnet34'], 'Is a directory'),
+        ([DATA / 'preact-29-c10.t7.gz', '--model', 'sharesnet50'], 'conv1: expected'),
+        ([DATA / 'preact-29-c10.t7.gz', '--model', 'nonsense'], 'Unknown model (nonsense)'),
+        ([__file__, '--model', 'sharesnet34'], 'is no Torch7 model'),
+        ([DATA / 'preact-29-c10.t7.gz', '--model', 'shawrn40_4', '--model-kwargs', 'layers'], 'expected key=value'),
+        ([DATA / 'preact-29-c10.t7.gz', '--model', 'shawrn40_4', '--model-kwargs', 'layers=(3'], 'cannot be built'),
+        ([DATA / 'preact-29-c10.t7.gz', '--model', 'shawrn40_4', '--model-kwargs', 'a=1'], 'cannot be built'),
+    ],
+)
+def test_command_refuses_in_one_line_and_writes_nothing(args: Any, complaint: str, tmp_path: Path, capsys: Any) -> None:
+    error = main(*args, '--output', tmp_path / 'a' / 'b')
+    assert complaint in error and '\n' not in error
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ('', '')
+
+
+def test_command_keeps_an_older_import_if_it_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_space(model: nn.Module, folder: str, **kwargs: Any) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / 'model.safetensors').write_text('half of it')
+        raise OSError('No space left on device')
+
+    (tmp_path / 'model.safetensors').write_text('old')
+    monkeypatch.setattr(script, 'save_for_hf', no_space)
+    args = ('--model', 'sharesnet164_cifar', '--model-kwargs', 'layers=3,3,3', '--output')
+    assert 'No space left' in main(DATA / 'preact-29-c10.t7.gz', *args, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ['model.safetensors']
+    assert (tmp_path / 'model.safetensors').read_text() == 'old'
+    assert 'No space left' in main(DATA / 'preact-29-c10.t7.gz', *args, tmp_path / 'new')
+    assert not (tmp_path / 'new').exists()
+
+
+def test_command_does_not_write_over_a_file(tmp_path: Path) -> None:
+    (tmp_path / 'out').write_text('mine')
+    args = ('--model', 'sharesnet164_cifar', '--model-kwargs', 'layers=3,3,3', '--output')
+    assert 'is not a directory' in main(DATA / 'preact-29-c10.t7.gz', *args, tmp_path / 'out')
+    assert (tmp_path / 'out').read_text() == 'mine'
+    assert main(DATA / 'preact-29-c10.t7.gz', *args, tmp_path / 'out' / 'below')
+
+
+def test_command_exits_with_1_and_one_line_on_stderr(tmp_path: Path) -> None:
+    args = [SCRIPT, DATA / 'preact-29-c10.t7.gz', '--model', 'sharesnet164_cifar', '--output', tmp_path / 'out']
+    run = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True)
+    assert run.returncode == 1 and run.stdout == ''
+    assert re.fullmatch(r'import_torch7.py: error: .* layer1: expected 18 blocks, found 3\n', run.stderr)
+    assert not (tmp_path / 'out').exists()
