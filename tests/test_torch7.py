@@ -21,6 +21,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from models import create
 from torch7_writer import Module, Storage, Tensor, serialize, tree, write
 
 from timm_sharesnet import load_torch7
@@ -51,34 +52,20 @@ SMALL = [
 FULL = ['sharesnet34', 'sharesnet50', 'sharesnet101', 'sharesnet152', 'sharesnet164_cifar', 'shawrn40_4', 'shawrn28_10']
 
 
-def randomized(name: str, **kwargs: Any) -> nn.Module:
-    """Model with random batch norm: with timm's zeros after a branch, and equal layers elsewhere, faults would hide."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs).eval()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias)
-            m.running_mean.normal_()
-            m.running_var.uniform_(0.5, 1.5)
-    model.made_by = (name, kwargs)
-    return model
-
-
 def small_preact() -> nn.Module:
-    return randomized('sharesnet164_cifar', layers=(3, 1, 1))
+    return create('sharesnet164_cifar', layers=(3, 1, 1))
 
 
 def small_wide() -> nn.Module:
-    return randomized('shawrn28_10', layers=(3, 1, 1), widen_factor=1)
+    return create('shawrn28_10', layers=(3, 1, 1), widen_factor=1)
 
 
 def small_basic() -> nn.Module:
-    return randomized('sharesnet34', layers=(3, 2, 1, 1), num_classes=10)
+    return create('sharesnet34', layers=(3, 2, 1, 1), num_classes=10)
 
 
 def small_bottleneck() -> nn.Module:
-    return randomized('sharesnet50', layers=(3, 3, 1, 1), base_width=4, num_classes=10)
+    return create('sharesnet50', layers=(3, 3, 1, 1), base_width=4, num_classes=10)
 
 
 def load_like(path: Path, model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -177,7 +164,7 @@ def test_training_step_equals_the_author_s(folder: Path) -> None:
 
 @pytest.mark.parametrize('name,kwargs', SMALL, ids=[name for name, _ in SMALL])
 def test_reads_all_models(name: str, kwargs: Dict[str, Any], tmp_path: Path) -> None:
-    model = randomized(name, **kwargs)
+    model = create(name, **kwargs)
     net = tree(model, gradients='net34' not in name)
     assert_same(load_torch7(write(tmp_path / 'net.t7', net), name, **kwargs), model)
 
@@ -185,7 +172,7 @@ def test_reads_all_models(name: str, kwargs: Dict[str, Any], tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FULL)
 def test_reads_all_models_in_full_size(name: str, tmp_path: Path) -> None:
-    model = randomized(name)
+    model = create(name)
     assert_same(load_torch7(write(tmp_path / 'net.t7', tree(model, cudnn=True)), name), model)
 
 
@@ -252,7 +239,7 @@ def test_reads_equal_copies_of_a_shared_convolution(tmp_path: Path) -> None:
 
 
 def test_reads_an_unshared_twin(tmp_path: Path) -> None:
-    model = randomized('resnet164_cifar', layers=(2, 1, 1))
+    model = create('resnet164_cifar', layers=(2, 1, 1))
     assert_same(load_like(write(tmp_path / 'net.t7', tree(model)), model), model)
 
 
@@ -464,7 +451,7 @@ def test_refuses_a_net_that_differs_in(fault: str, preact: nn.Module, tmp_path: 
 
 @pytest.fixture(scope='module')
 def imagenet() -> nn.Module:
-    return randomized('sharesnet34', layers=(1, 1, 1, 1), num_classes=10)
+    return create('sharesnet34', layers=(1, 1, 1, 1), num_classes=10)
 
 
 @pytest.mark.parametrize('fault', REFUSED_IMAGENET)
@@ -514,7 +501,7 @@ def test_refuses_a_shared_net_for_its_unshared_twin() -> None:
 
 
 def test_refuses_an_unshared_net_for_its_shared_twin(tmp_path: Path) -> None:
-    path = write(tmp_path / 'net.t7', tree(randomized('wrn40_4', **WIDE)))
+    path = write(tmp_path / 'net.t7', tree(create('wrn40_4', **WIDE)))
     with pytest.raises(ValueError, match=r'layer1.conv.weight \(in layer1.blocks.2\): expected one tensor for all'):
         load_torch7(path, 'shawrn40_4', **WIDE)
 
@@ -559,13 +546,13 @@ def test_refuses_an_imagenet_net_for(name: str, complaint: str, tmp_path: Path) 
 
 def test_refuses_another_depth_of_the_same_kind(tmp_path: Path) -> None:
     kwargs = dict(base_width=4, num_classes=10)
-    path = write(tmp_path / 'net.t7', tree(randomized('sharesnet50', **kwargs), gradients=False))
+    path = write(tmp_path / 'net.t7', tree(create('sharesnet50', **kwargs), gradients=False))
     with pytest.raises(ValueError, match='does not hold sharesnet101: layer3: expected 23 blocks, found 6'):
         load_torch7(path, 'sharesnet101', **kwargs)
 
 
 def test_refuses_layers_that_the_author_s_nets_lack(tmp_path: Path) -> None:
-    model = randomized('sharesnet34', layers=(1, 1, 1, 1), num_classes=10)
+    model = create('sharesnet34', layers=(1, 1, 1, 1), num_classes=10)
     path = write(tmp_path / 'net.t7', tree(model, gradients=False))
     with pytest.raises(ValueError, match='layer1.blocks.0.se.fc1.weight: expected one of the layers of the author'):
         load_torch7(path, 'sharesnet34', layers=(1, 1, 1, 1), num_classes=10, block_args=dict(attn_layer='se'))
@@ -656,7 +643,7 @@ def test_a_file_that_cannot_be_opened_is_an_os_error(error: type, path: str, tmp
 
 def test_no_damage_has_other_consequences_than_a_refusal(tmp_path: Path) -> None:
     """Bits flipped at random outside the values: the file is refused, or the damage was to what nobody reads."""
-    model = randomized('shawrn40_4', layers=(2, 1, 1), widen_factor=1)
+    model = create('shawrn40_4', layers=(2, 1, 1), widen_factor=1)
     data = serialize(tree(model, gradients=False))
     storages = [(m.end() + 8, struct.unpack_from('<q', data, m.end())[0]) for m in re.finditer(b'FloatStorage', data)]
     values = np.zeros(len(data), bool)
@@ -725,7 +712,7 @@ def test_command_writes_what_timm_loads(tmp_path: Path, capsys: Any) -> None:
 
 @pytest.mark.parametrize('layers', ['2,1,1', '(2,1,1)', '[2, 1, 1]'])
 def test_command_records_the_architecture(layers: str, tmp_path: Path) -> None:
-    model = randomized('sharesnet164_cifar', layers=(2, 1, 1), num_classes=7, in_chans=1)
+    model = create('sharesnet164_cifar', layers=(2, 1, 1), num_classes=7, in_chans=1)
     kwargs = [f'layers={layers}', 'num_classes=7', 'in_chans=1', 'act_layer=relu']
     net = write(tmp_path / 'net.t7', tree(model))
     assert main(net, '--model', 'sharesnet164_cifar', '--output', tmp_path, '--model-kwargs', *kwargs) is None

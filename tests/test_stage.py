@@ -1,0 +1,283 @@
+"""Sharing one convolution among the blocks of a stage, on a net of each kind."""
+
+import copy
+import pickle
+from collections import Counter
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from models import SMALL, images, shared_name, small, unshared
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from timm.optim import param_groups_layer_decay
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_sharesnet import PreActBottleneck, PreActWideBasic, SharedStage
+
+pytestmark = pytest.mark.parametrize('kind', SMALL)
+
+
+def uses(model: nn.Module) -> Counter:
+    """How often each stage's convolution is used: name -> number of blocks without a 3x3 of their own."""
+    stages = {n: m for n, m in model.named_modules() if isinstance(m, SharedStage) and m.conv is not None}
+    return Counter({f'{n}.conv': sum(b.conv2 is None for b in m.blocks) for n, m in stages.items()})
+
+
+def calls(model: nn.Module, x: torch.Tensor) -> Counter:
+    """How often each convolution is called in one forward pass."""
+    count: Counter = Counter()
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Conv2d):
+            m.register_forward_hook(lambda *_, name=name: count.update([name]))
+    model(x)
+    return count
+
+
+def loss_and_gradients(model: nn.Module, x: torch.Tensor) -> Any:
+    model.zero_grad()
+    loss = F.cross_entropy(model(x), torch.arange(len(x)))
+    loss.backward()
+    return loss.detach(), {k: p.grad for k, p in model.named_parameters()}
+
+
+# ---- What it computes
+
+
+def test_output_equals_the_twin_whose_blocks_have_copies_of_the_shared_convolution(kind: str) -> None:
+    model = small(kind).double()
+    assert max(uses(model).values()) > 1
+    x = images(model)
+    torch.testing.assert_close(model(x), unshared(model)(x), rtol=1e-12, atol=0)
+
+
+def test_gradient_of_the_shared_convolution_is_the_sum_over_its_uses(kind: str) -> None:
+    model = small(kind).double().train()
+    twin = unshared(model)
+    x = images(model, 4)
+    loss, grads = loss_and_gradients(model, x)
+    twin_loss, twin_grads = loss_and_gradients(twin, x)
+    torch.testing.assert_close(loss, twin_loss, rtol=1e-12, atol=0)
+    sums = {k: torch.zeros_like(g) for k, g in grads.items()}
+    for k, g in twin_grads.items():
+        sums[shared_name(k, grads)] += g
+    torch.testing.assert_close(grads, sums, rtol=1e-9, atol=1e-12)
+
+
+def test_every_use_matters_to_the_output(kind: str) -> None:
+    """Guards the tests above: with timm's initial batch norms a shared convolution would change nothing."""
+    model = small(kind)
+    x = images(model)
+    before = model(x)
+    for name in uses(model):
+        weight = model.get_submodule(name).weight
+        saved = weight.detach().clone()
+        nn.init.zeros_(weight)
+        assert not torch.allclose(model(x), before), name
+        weight.data.copy_(saved)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
+    model = small(kind).double().train()
+    x = images(model, 4)
+    plain = loss_and_gradients(model, x)
+    model.set_grad_checkpointing()
+    assert all(m.grad_checkpointing for m in model.modules() if isinstance(m, SharedStage))
+    torch.testing.assert_close(loss_and_gradients(model, x), plain, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_runs_in_half_precision_and_channels_last(kind: str, dtype: torch.dtype) -> None:
+    model = small(kind)
+    x = images(model)
+    expected = model(x)
+    half = copy.deepcopy(model).to(dtype=dtype, memory_format=torch.channels_last)
+    output = half(x.to(dtype=dtype, memory_format=torch.channels_last))
+    assert output.dtype == dtype
+    assert F.cosine_similarity(output.float(), expected).min() > 0.99
+    with torch.autocast('cpu', dtype):
+        output = model(x)
+    assert output.dtype == dtype
+    assert F.cosine_similarity(output.float(), expected).min() > 0.99
+
+
+# ---- One tensor, one name
+
+
+def test_each_tensor_has_one_name_and_one_storage(kind: str) -> None:
+    state_dict = small(kind).state_dict()
+    storages = [v.untyped_storage().data_ptr() for v in state_dict.values()]
+    assert len(set(storages)) == len(storages)
+
+
+def test_safetensors_and_hub_format_take_the_state_dict_as_it_is(kind: str, tmp_path: Any) -> None:
+    model = small(kind)
+    save_file(model.state_dict(), tmp_path / 'plain.safetensors')
+    assert load_file(tmp_path / 'plain.safetensors').keys() == model.state_dict().keys()
+    name, kwargs = model.made_by
+    save_for_hf(model, str(tmp_path / 'hub'), model_args=kwargs, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}/hub', pretrained=True).eval()
+    x = images(model)
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize('ema_class', [ModelEmaV2, ModelEmaV3])
+def test_ema_decays_a_shared_weight_once_a_step(kind: str, ema_class: type) -> None:
+    model = small(kind)
+    ema = ema_class(model, decay=0.9)
+    before = copy.deepcopy(model.state_dict())
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    ema.update(model)
+    for k, v in ema.module.named_parameters():
+        torch.testing.assert_close(v, 0.9 * before[k], msg=k)
+
+
+def test_deepcopy_and_pickle_keep_the_sharing(kind: str) -> None:
+    model = small(kind)
+    x = images(model)
+    for twin in copy.deepcopy(model), pickle.loads(pickle.dumps(model)):
+        assert torch.equal(twin(x), model(x))
+        assert uses(twin) == uses(model)
+        for name in uses(twin):
+            nn.init.zeros_(twin.get_submodule(name).weight)
+        assert not torch.equal(twin(x), model(x))
+
+
+def test_to_empty_and_assign_keep_the_sharing(kind: str) -> None:
+    model = small(kind)
+    name, kwargs = model.made_by
+    x = images(model)
+    for assign in True, False:
+        other = timm.create_model(name, device='meta', **kwargs).eval()
+        if not assign:
+            other.to_empty(device='cpu')
+        other.load_state_dict(model.state_dict(), assign=assign)
+        assert torch.equal(other(x), model(x))
+        assert calls(other, x) == calls(model, x)
+
+
+def test_functional_call_replaces_every_use(kind: str) -> None:
+    model, other = small(kind), small(kind)
+    for name in uses(other):
+        nn.init.normal_(other.get_submodule(name).weight)
+    x = images(model)
+    assert torch.equal(functional_call(model, dict(other.named_parameters()), x), other(x))
+    assert not torch.equal(model(x), other(x))
+
+
+# ---- What others see of it
+
+
+def test_forward_hooks_see_every_use(kind: str) -> None:
+    model = small(kind)
+    expected = uses(model)
+    count = calls(model, images(model))
+    assert {name: count[name] for name in expected} == dict(expected)
+    assert set(count.values()) == {1, *expected.values()}
+
+
+def test_flop_counter_counts_every_use(kind: str) -> None:
+    model = small(kind)
+    flops = []
+    for net in model, unshared(model):
+        with FlopCounterMode(display=False) as counter:
+            net(images(net))
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] > 0
+
+
+class LowRank(nn.Module):
+    """A convolution with a trainable addition of low rank, as LoRA makes it."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+        self.down = nn.Conv2d(conv.in_channels, 2, 3, padding=1)
+        self.up = nn.Conv2d(2, conv.out_channels, 1)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.conv(x) + self.up(self.down(x))
+
+
+def test_convolution_replaced_by_name_reaches_every_use(kind: str) -> None:
+    model = small(kind)
+    x = images(model)
+    before = model(x)
+    number = uses(model)
+    for name in number:
+        model.set_submodule(name, LowRank(model.get_submodule(name)))
+    assert not torch.allclose(model(x), before)
+    assert {name: model.get_submodule(name).calls for name in number} == dict(number)
+    model.train()(images(model, 4)).sum().backward()
+    assert all(model.get_submodule(name).up.weight.grad.abs().sum() > 0 for name in number)
+
+
+def test_layer_decay_puts_the_shared_convolution_with_the_first_block_of_its_stage(kind: str) -> None:
+    model = small(kind)
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
+    assert sum(len(group['params']) for group in groups) == len(scale) == len(list(model.parameters()))
+    for name in uses(model):
+        first = model.get_submodule(name.removesuffix('conv') + 'blocks.0').conv1.weight
+        assert scale[id(model.get_submodule(name).weight)] == scale[id(first)] < 1
+    assert scale[id(model.fc.weight)] == 1
+
+
+def test_frozen_blocks_leave_the_shared_convolution_trainable(kind: str) -> None:
+    model = small(kind).train()
+    for m in model.modules():
+        if isinstance(m, SharedStage):
+            m.blocks.requires_grad_(False)
+    model(images(model, 4)).sum().backward()
+    assert all(model.get_submodule(name).weight.grad is not None for name in uses(model))
+
+
+def test_sync_batch_norm_replaces_every_batch_norm(kind: str) -> None:
+    model = small(kind)
+    x = images(model)
+    sync = timm.layers.convert_sync_batchnorm(copy.deepcopy(model))
+    kinds = Counter(type(m).__name__ for m in sync.modules())
+    assert kinds['BatchNorm2d'] == 0
+    assert kinds['SyncBatchNorm'] == Counter(type(m).__name__ for m in model.modules())['BatchNorm2d']
+    assert sync.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(sync(x), model(x))
+
+
+def test_features_only_gives_the_intermediates(kind: str) -> None:
+    model = small(kind)
+    name, kwargs = model.made_by
+    x = images(model)
+    backbone = timm.create_model(name, features_only=True, **{k: v for k, v in kwargs.items() if k != 'num_classes'})
+    backbone.eval().load_state_dict({k: v for k, v in model.state_dict().items()}, strict=False)
+    features = backbone(x)
+    final, intermediates = model.forward_intermediates(x)
+    assert [f.shape[1] for f in features] == backbone.feature_info.channels()
+    assert [32 // f.shape[-1] for f in features] == backbone.feature_info.reduction()
+    assert len(features) == len(intermediates) > 3
+    for a, b in zip(features, intermediates, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(model.forward_head(final), model(x))
+
+
+# ---- Errors
+
+
+def test_a_block_without_a_convolution_says_whose_it_needs(kind: str) -> None:
+    model = small(kind)
+    block = model.layer1.blocks[1]
+    with pytest.raises(AssertionError, match="the 3x3 of this block is its stage's"):
+        block(torch.randn(1, block.conv1.in_channels, 8, 8))
+
+
+def test_convolutions_that_differ_are_not_shared(kind: str) -> None:
+    block = PreActWideBasic if kind in ('wide', 'basic') else PreActBottleneck
+    with pytest.raises(ValueError, match='differ and cannot be shared'):
+        SharedStage([block(16, 16, projection=True), block(16, 8, projection=True)])
