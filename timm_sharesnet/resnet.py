@@ -19,7 +19,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ._pretrained import checkpoint_filter_fn, resolve_weights
+from ._pretrained import checkpoint_filter_fn, resolve_weights, with_sources
 from .stage import SharedStage, SharingBlock
 
 __all__ = ['ShaBasicBlock', 'ShaBottleneck', 'ShaResNet']  # register_model adds each entrypoint fn to this
@@ -169,13 +169,24 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        # The author's weights, once imported (hub/import_torch7.py). No cfg names a source that does not exist.
-        'sharesnet34.torch7_in1k': _cfg(),
-        'sharesnet50.torch7_in1k': _cfg(),
-        'sharesnet101.torch7_in1k': _cfg(),
-        'sharesnet152.torch7_in1k': _cfg(),
-    }
+    with_sources(
+        {
+            # The author's weights, once imported (hub/import_torch7.py), and those of procedures A2 and A3 of
+            # `ResNet strikes back` (train_configs/), which evaluates at 224 px with crop 0.95 - arXiv:2110.00476
+            'sharesnet34.torch7_in1k': _cfg(),
+            'sharesnet34.a2_in1k': _cfg(crop_pct=0.95),
+            'sharesnet34.a3_in1k': _cfg(crop_pct=0.95),
+            'sharesnet50.torch7_in1k': _cfg(),
+            'sharesnet50.a2_in1k': _cfg(crop_pct=0.95),
+            'sharesnet50.a3_in1k': _cfg(crop_pct=0.95),
+            'sharesnet101.torch7_in1k': _cfg(),
+            'sharesnet101.a2_in1k': _cfg(crop_pct=0.95),
+            'sharesnet101.a3_in1k': _cfg(crop_pct=0.95),
+            'sharesnet152.torch7_in1k': _cfg(),
+            'sharesnet152.a2_in1k': _cfg(crop_pct=0.95),
+            'sharesnet152.a3_in1k': _cfg(crop_pct=0.95),
+        }
+    )
 )
 
 

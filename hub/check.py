@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""Verify published folders from scratch: files, hashes, weights, figures.
+
+    python hub/check.py                 all folders of hub/, and what they have in common
+    python hub/check.py clone/ARCH.TAG  one, wherever it lies; its name selects the entry of the manifest
+
+The weights are loaded strictly and classify our sample of the data set, where there is one. Weights that are too large
+to be tracked need not be there; the rest is verified all the same.
+"""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+import build
+import card
+import folder
+from folder import WEIGHTS, Fault
+
+ENTRY = {
+    'parameters',
+    'gmacs',
+    'activations',
+    'dtype',
+    'imported',
+    'data',
+    'accuracy',
+    'sample',
+    'picked',
+    'seed',
+    'date',
+}
+TOLERANCE = 3  # images of the sample that another machine may see otherwise
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = folder.refuse
+    parser.add_argument('folder', type=Path, nargs='?', metavar='FOLDER')
+    args = parser.parse_args()
+    if args.folder:
+        paths, faults = [Path(os.path.abspath(args.folder))], []
+    else:
+        manifest, pins = folder.read_json(folder.MANIFEST), folder.read_json(folder.PINS)
+        paths = [folder.HUB / name for name in sorted({*folder.published(), *manifest, *pins})]
+        faults = common_faults(pins)
+    for path in paths:
+        found = check(path)
+        faults += [f'{path.name}: {fault}' for fault in found]
+        absent = '' if (path / WEIGHTS).is_file() else ', weights not here'
+        print(f'{path.name}: {"ok" if not found else f"{len(found)} wrong"}{absent}', flush=True)
+    if faults:
+        raise Fault(*faults)
+
+
+def common_faults(pins):
+    """What is wrong with the folders as a whole: their total size, and the copies in the package."""
+    faults = []
+    total = folder.tracked_bytes(pins)
+    if total >= folder.TRACKED_BYTES:
+        faults.append(f'the tracked weights have {total:,} bytes, {folder.TRACKED_BYTES:,.0f} are the limit')
+    packaged = {name for name, pin in pins.items() if pin['packaged']}
+    for name in sorted(packaged | {path.stem for path in (folder.PACKAGE / 'weights').glob('*')}):
+        path = folder.packaged(name)
+        if name not in packaged:
+            faults.append(f'{path.name} in the package is not "packaged" in weights.json')
+        elif not path.is_file():
+            faults.append(f'{path.name} is missing in the package')
+        elif folder.sha256(path) != pins[name]['sha256']:
+            faults.append(f'{path.name} in the package does not have the SHA-256 of weights.json')
+    for path in folder.HUB.glob('.*.old'):
+        faults.append(f'{path.name} is what a build left that was cut off: build.py puts it back')
+    return faults
+
+
+def check(path):
+    """What is wrong with a folder, a line each."""
+    faults = _collect(static_faults, path)
+    if (path / WEIGHTS).is_file() and not any(fault.startswith((WEIGHTS, 'config.json', 'no ')) for fault in faults):
+        faults += _collect(model_faults, path)
+    return faults
+
+
+def static_faults(path):
+    """What can be seen without torch: files, hash, config.json, provenance, card."""
+    name = path.name
+    _, tag, dataset = folder.split_name(name)
+    manifest, pins = folder.read_json(folder.MANIFEST), folder.read_json(folder.PINS)
+    if not path.is_dir():
+        return [f'no folder {path}']
+    absent = [f'no entry in {k}' for k, v in {'manifest.json': manifest, 'weights.json': pins}.items() if name not in v]
+    if absent:
+        return absent
+    odd = manifest[name].keys() ^ ENTRY
+    if odd:
+        return [f'no valid entry in manifest.json: {", ".join(sorted(odd))} is missing or unknown']
+    faults = pin_faults(name, pins[name])
+    for key, value in {'data': dataset.name, 'imported': tag.startswith('torch7_')}.items():
+        if manifest[name][key] != value:
+            faults.append(f'{key}: the manifest says {manifest[name][key]}, the tag {value}')
+    for part in (file_faults, weights_faults, config_faults, provenance_faults, card_faults):
+        faults += _collect(part, path, manifest, pins[name])
+    return faults
+
+
+def pin_faults(name, pin):
+    """What is wrong with an entry of weights.json, from which the package loads."""
+    if pin.keys() != {'repo', 'revision', 'sha256', 'size', 'packaged'}:
+        return [f'no valid entry in weights.json: {", ".join(pin)}']
+    if not pin['repo'] and not pin['revision']:
+        return []
+    if pin['repo'] != f'{folder.NAMESPACE}/{name}' or not re.fullmatch(r'[0-9a-f]{40}', str(pin['revision'])):
+        return [f'weights.json pins {pin["repo"]}@{pin["revision"]}, not {folder.NAMESPACE}/{name} at a full commit']
+    return []
+
+
+def _collect(part, path, *args):
+    try:
+        return part(path, *args)
+    except Fault as e:
+        return list(e.args)
+    except Exception as e:
+        return [f'{part.__name__.removesuffix("_faults")} cannot be verified: {type(e).__name__}: {e}']
+
+
+def file_faults(path, _manifest, _pin):
+    found = {file.name for file in path.iterdir() if file.is_file() and not file.is_symlink()}
+    faults = [
+        f'{file.name} does not belong there' for file in path.iterdir() if file.name not in found & folder.ALLOWED
+    ]
+    required = folder.REQUIRED if folder.tracked(path.name) else folder.REQUIRED - {WEIGHTS}
+    faults += [f'{name} is missing' for name in sorted(required - found)]
+    if not folder.PROVENANCE & found:
+        faults.append(f'it does not tell how the weights came about: one of {", ".join(sorted(folder.PROVENANCE))}')
+    return faults
+
+
+def weights_faults(path, _manifest, pin):
+    from safetensors import safe_open
+
+    weights = path / WEIGHTS
+    if not weights.is_file():
+        return []
+    if weights.stat().st_size != pin['size']:
+        return [f'{WEIGHTS} has {weights.stat().st_size:,} bytes, weights.json says {pin["size"]:,}']
+    if folder.sha256(weights) != pin['sha256']:
+        return [f'{WEIGHTS} has the SHA-256 {folder.sha256(weights)}, weights.json says {pin["sha256"]}']
+    try:
+        with safe_open(weights, framework='numpy'):
+            pass
+    except Exception as e:
+        return [f'{WEIGHTS} is no safetensors file: {e}']
+    return []
+
+
+def config_faults(path, manifest, pin):
+    arch, tag, dataset = folder.split_name(path.name)
+    config = folder.read_json(path / 'config.json')
+    cfg = config.get('pretrained_cfg', {})
+    expected = {
+        'architecture': (config.get('architecture'), arch),
+        'num_classes': (config.get('num_classes'), dataset.classes),
+        'tag': (cfg.get('tag'), tag),
+        'num_classes of pretrained_cfg': (cfg.get('num_classes'), dataset.classes),
+        'sha256': (config.get('sha256'), pin['sha256']),
+    }
+    if dataset.sample:
+        expected['label_names'] = (config.get('label_names'), folder.class_names(dataset))
+    faults = [f'config.json has {k} {a!r} instead of {b!r}' for k, (a, b) in expected.items() if a != b]
+    sources = [k for k in ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source') if cfg.get(k)]
+    return faults + [f'config.json must not name a source of weights: {k}' for k in sources]
+
+
+def provenance_faults(path, manifest, _pin):
+    from PIL import Image
+
+    faults = []
+    for name in sorted(folder.PROVENANCE):
+        if (path / name).is_file():
+            content = (path / name).read_bytes()
+            try:
+                cut = build.cut_paths(name, content) == content
+            except Exception as e:
+                faults.append(f'{name} cannot be read: {e}')
+                continue
+            if not cut:
+                faults.append(f'{name} has paths that are not cut to their last part, or is not as build.py writes it')
+    _, points = build.describe_training(path, dict(manifest[path.name]))
+    curves = path / 'curves.png'
+    if curves.is_file():
+        with Image.open(curves) as image:
+            image.verify()
+    if bool(points) != curves.is_file():
+        faults.append(f'curves.png {"is missing" if points else "shows nothing that is recorded"}')
+    return faults
+
+
+def card_faults(path, manifest, pin):
+    return card.card_faults((path / 'README.md').read_text(encoding='utf-8'), path.name, manifest, pin)
+
+
+def model_faults(path):
+    """What is wrong with the loaded model: tensors, counts, preprocessing, predictions."""
+    import timm
+    from safetensors.torch import load_file
+
+    arch, _, dataset = folder.split_name(path.name)
+    entry = folder.read_json(folder.MANIFEST)[path.name]
+    reference = build.make_model(path.name, dataset)
+    tensors = load_file(path / WEIGHTS)
+    faults = folder.tensor_faults(tensors, reference)
+    if faults:
+        return [f'{WEIGHTS}: {fault}' for fault in faults]
+    dtypes = {str(tensor.dtype).removeprefix('torch.') for tensor in tensors.values() if tensor.is_floating_point()}
+    if dtypes != {entry['dtype']}:
+        faults.append(f'{WEIGHTS} is {" and ".join(sorted(dtypes))}, the manifest says {entry["dtype"]}')
+    model = folder.load(path)
+    expected = timm.data.resolve_data_config(model=reference)
+    for key, value in timm.data.resolve_data_config(model=model).items():
+        value = tuple(value) if isinstance(value, list) else value
+        if value != expected[key]:
+            faults.append(f'config.json asks for {key} {value}, the package for {expected[key]}')
+    for key, value in folder.measure(model).items():
+        if value != entry[key]:
+            faults.append(f'{key}: measured {value:,}, the manifest says {entry[key]:,}')
+    if card.NETS[arch].dataset == path.name.rpartition('_')[2] and entry['parameters'] != card.NETS[arch].parameters:
+        faults.append(
+            f'parameters: the manifest says {entry["parameters"]:,}, the original {card.NETS[arch].parameters:,}'
+        )
+    if dataset.sample:
+        faults += sample_faults(folder.wrong_in_sample(model, dataset), entry['sample'], dataset)
+    return faults
+
+
+def sample_faults(wrong, recorded, dataset):
+    """What is wrong with the predictions on our sample, given the indices of the images that were not recognized."""
+    if (recorded or {}).get('images') != dataset.sample:
+        return [f'the manifest does not have the sample {dataset.sample}']
+    changed = sorted(set(wrong) ^ set(recorded['wrong']))
+    if len(changed) <= TOLERANCE:
+        return []
+    return [
+        f'{len(changed)} images of {dataset.sample} are not classified as the manifest says ({TOLERANCE} may be so): '
+        f'{", ".join(map(str, changed[:5]))}{", ..." if len(changed) > 5 else ""}; {len(wrong)} wrong instead of '
+        f'{len(recorded["wrong"])}'
+    ]
+
+
+if __name__ == '__main__':
+    folder.run(main)

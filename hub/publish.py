@@ -1,0 +1,271 @@
+#!/usr/bin/env python3
+"""Publish folders of hub/ on the Hugging Face Hub, each as the repository NAMESPACE/ARCH.TAG.
+
+    python hub/publish.py                          what would be published, without network
+    python hub/publish.py ARCH.TAG --push          publish one
+    python hub/publish.py ARCH.TAG --push --pin    and write its commit to timm_sharesnet/weights.json, for the loader
+
+Without names it takes all folders that have their weights. A repository is made private, gets its files in one commit,
+is verified and only then made public. What is already there is not sent again, and what should not be there is deleted
+in the same commit. The token is huggingface_hub's: `hf auth login`, HF_TOKEN or a Trusted Publisher (HF_OIDC_RESOURCE).
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+
+import card
+import check
+import folder
+from folder import WEIGHTS, Fault
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import disable_progress_bars, logging
+
+PINNED_ENDPOINT = 'https://huggingface.co'  # the only one whose commits the package may name
+GITATTRIBUTES = '.gitattributes'  # the Hub's own, in every new repository
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = folder.refuse
+    parser.add_argument('names', nargs='*', metavar='ARCH.TAG')
+    parser.add_argument('--namespace', metavar='NS', help=f'{folder.NAMESPACE} by default')
+    parser.add_argument('--push', action='store_true', help='publish')
+    parser.add_argument('--pin', action='store_true', help='write the commit to weights.json')
+    args = parser.parse_args()
+    namespace = folder.choose_namespace(args.namespace)
+    if args.pin:
+        refuse_pin(args.push, namespace, constants.ENDPOINT)
+    names = args.names or [name for name in folder.published() if (folder.HUB / name / WEIGHTS).is_file()]
+    faults = [f'{name}: {fault}' for name in names for fault in local_faults(name, namespace)]
+    if faults:
+        raise Fault(*faults)
+    for name in names:
+        show(name, namespace)
+    if not args.push:
+        print('Nothing was sent. --push publishes.')
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    api = log_in(namespace)
+    for name in names:
+        try:
+            oid = push(api, name, namespace)
+        except Fault as e:
+            faults += [f'{namespace}/{name}: {fault}' for fault in e.args]
+            continue
+        if args.pin:
+            write_pin(name, f'{namespace}/{name}', oid)
+    if faults:
+        raise Fault(*faults)
+
+
+# The pin
+
+
+def refuse_pin(push, namespace, endpoint):
+    """Raise unless the commit may be named in the package, from which every user loads."""
+    if not push:
+        raise Fault('--pin needs --push, which tells the commit')
+    if namespace != folder.NAMESPACE or endpoint != PINNED_ENDPOINT:
+        raise Fault(
+            f'--pin is for {folder.NAMESPACE} on {PINNED_ENDPOINT} only, not for {namespace} on {endpoint}: '
+            'push without it, and load with hf-hub:NAMESPACE/ARCH.TAG'
+        )
+
+
+def write_pin(name, repo_id, oid):
+    pins = folder.read_json(folder.PINS)
+    pins[name] |= {'repo': repo_id, 'revision': oid}
+    folder.write_json(folder.PINS, pins)
+    print(f'{repo_id}: weights.json names commit {oid}; commit it and release the package')
+
+
+# Without network
+
+
+def local_faults(name, namespace):
+    """Why a folder may not be published."""
+    path = folder.HUB / name
+    faults = check.static_faults(path)
+    if not faults and not (path / WEIGHTS).is_file():
+        faults = [f'{WEIGHTS} is not here']
+    if not faults:
+        written_for = card.card_namespace((path / 'README.md').read_text(encoding='utf-8'), name)
+        if written_for != namespace:
+            faults = [
+                f'the card was written for {written_for}, not for {namespace}: '
+                f'python hub/build.py hub/{name} --model {name} --namespace {namespace}'
+            ]
+    return faults
+
+
+def show(name, namespace):
+    files = {path.name: path.stat().st_size for path in sorted((folder.HUB / name).iterdir())}
+    print(f'hub/{name} -> {constants.ENDPOINT}/{namespace}/{name}')
+    for file, size in files.items():
+        print(f'{size:>13,}  {file}')
+    print(f'{sum(files.values()):>13,}  bytes, {len(files)} files', flush=True)
+
+
+# With the Hub
+
+
+def log_in(namespace):
+    """The Hub with the user's token, if it may write to the namespace as far as can be known beforehand."""
+    with step('reading the token'):
+        token = get_token()
+    if not token:
+        raise Fault('there is no token: `hf auth login`, or set HF_TOKEN to one that may write')
+    api = HfApi(token=token)
+    if not os.environ.get('HF_OIDC_RESOURCE'):  # such a token belongs to a repository, not to a person
+        with step(f'asking {constants.ENDPOINT} whose token this is'):
+            me = api.whoami()
+        if me.get('auth', {}).get('accessToken', {}).get('role') == 'read':
+            raise Fault(f'the token of {me["name"]} is read-only: make one that may write to {namespace}')
+        if namespace not in (me['name'], *(org['name'] for org in me.get('orgs', []))):
+            raise Fault(f'the token belongs to {me["name"]}, who is not in the namespace {namespace}')
+    return api
+
+
+def push(api, name, namespace):
+    """Bring a repository to the state of its folder, and show it to everyone. Returns the commit."""
+    path, repo_id = folder.HUB / name, f'{namespace}/{name}'
+    with step('validating the card'):
+        ModelCard.load(path / 'README.md').validate()
+    before = find(api, repo_id)
+    try:
+        info = before or create(api, repo_id)
+        oid = commit(api, info, path)
+        verify(api, repo_id, oid, path)
+    except BaseException as e:
+        state = clean_up(api, repo_id, before)
+        if isinstance(e, Fault):
+            raise Fault(*e.args, state) from e
+        print(f'{repo_id}: {state}', file=sys.stderr)
+        raise
+    if info.private:
+        with step(f'commit {oid} is there and verified, but private; making it public'):
+            api.update_repo_settings(repo_id, private=False)
+    print(f'{repo_id}: {"unchanged, " if oid == info.sha else ""}verified and public at commit {oid}')
+    return oid
+
+
+def find(api, repo_id):
+    """What the Hub knows of a repository, or None if there is none."""
+    with step('looking for the repository'):
+        try:
+            info = api.model_info(repo_id)
+        except RepositoryNotFoundError:
+            return None
+    if info.id != repo_id:
+        raise Fault(f'it was renamed or transferred to {info.id}, which whoever owns it now may change')
+    return info
+
+
+def create(api, repo_id):
+    """Make a private repository."""
+    with step('making the repository'):
+        error = None
+        try:
+            api.create_repo(repo_id, private=True)
+        except Exception as e:
+            error = e  # it may have been made, and only the answer was lost
+        info = find(api, repo_id)
+        if info is None:
+            raise error or Fault('the Hub does not show the new repository yet: run this again')
+        return info
+
+
+def commit(api, info, path):
+    """Make the repository hold the folder's files and nothing else, in one commit at most. Returns its hash."""
+    there, wanted = {file.rfilename for file in info.siblings}, {file.name for file in path.iterdir()}
+    operations = [CommitOperationAdd(name, path / name) for name in sorted(wanted)]
+    operations += [CommitOperationDelete(name) for name in sorted(there - wanted - {GITATTRIBUTES})]
+    with step('uploading'):
+        try:
+            return api.create_commit(
+                info.id, operations, commit_message=f'Publish {path.name}', parent_commit=info.sha
+            ).oid
+        except Exception as e:
+            if _status(e) == 412:
+                raise Fault('somebody else committed at the same time: look at it, then run this again') from e
+            with contextlib.suppress(Exception):
+                now = api.model_info(info.id).sha
+                if now != info.sha:  # it was made, and only the answer was lost; `verify` tells
+                    return now
+            raise
+
+
+def verify(api, repo_id, oid, path):
+    """Raise unless a commit is on main, holds the folder's files alone, has a card, and loads to the same weights."""
+    import timm
+    import torch
+
+    with step(f'verifying commit {oid}'):
+        info = api.model_info(repo_id)
+        found = api.verify_repo_checksums(repo_id, revision=oid, local_dir=path)
+        wrong = {file['path'] for file in found.mismatches} | set(found.extra_paths)
+        wrong |= set(found.missing_paths) - {GITATTRIBUTES}
+        if info.sha != oid:
+            raise Fault(f'somebody else has committed {info.sha} since: look at it, then run this again')
+        if wrong:
+            raise Fault(f'not as sent: {", ".join(sorted(wrong))}')
+        card_data, ours = info.card_data, ModelCard.load(path / 'README.md').data
+        if not card_data or card_data.library_name != 'timm' or bool(card_data.eval_results) != bool(ours.eval_results):
+            raise Fault('the Hub does not see the metadata of the card')
+        with tempfile.TemporaryDirectory() as cache:
+            loaded = timm.create_model(f'hf-hub:{repo_id}@{oid}', pretrained=True, cache_dir=cache).state_dict()
+        sent = folder.load(path).state_dict()
+        if loaded.keys() != sent.keys() or not all(torch.equal(loaded[k], sent[k]) for k in sent):
+            raise Fault('timm does not load the same weights from the Hub as from the folder')
+
+
+def clean_up(api, repo_id, before):
+    """Delete a repository that this run made if it is still empty. Tells what became of it."""
+    try:
+        info = find(api, repo_id)
+        if info is None:
+            return 'no repository was left behind'
+        if before:
+            return f'it is {"unchanged" if info.sha == before.sha else "now"} at commit {info.sha}'
+        if info.private and {file.rfilename for file in info.siblings} == {GITATTRIBUTES}:
+            api.delete_repo(repo_id)
+            return 'the new repository was still empty and was deleted'
+        return f'the new repository is {"private" if info.private else "public"} at commit {info.sha}: run this again'
+    except Exception:
+        return f'what became of {constants.ENDPOINT}/{repo_id} is not known: look at it, or run this again'
+
+
+@contextlib.contextmanager
+def step(what):
+    """Turn whatever goes wrong into a fault that says at what."""
+    try:
+        yield
+    except Fault:
+        raise
+    except Exception as e:
+        raise Fault(f'{what}: {_explain(e)}') from e
+
+
+def _explain(e):
+    if isinstance(e, RuntimeError) and e.__cause__:  # 'Error while uploading', which does not tell why
+        e = e.__cause__
+    reasons = {401: 'the Hub does not accept the token', 403: 'the token may not do this'}
+    status, message = _status(e), getattr(e, 'server_message', None) or str(e)
+    if status is None:
+        return f'{type(e).__name__}: {message}'
+    return f'{reasons.get(status, "the Hub refuses")} (HTTP {status}: {message})'
+
+
+def _status(e):
+    return getattr(getattr(e, 'response', None), 'status_code', None)
+
+
+if __name__ == '__main__':
+    folder.run(main)

@@ -1,0 +1,61 @@
+"""A copy of what the scripts of hub/ read and write, so that no test touches the checkout."""
+
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+NAME = 'sharesnet164_cifar.cpu_c10'
+
+
+def copy_project(target):
+    shutil.copytree(ROOT / 'hub', target / 'hub', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copytree(ROOT / 'timm_sharesnet' / 'weights', target / 'timm_sharesnet' / 'weights')
+    shutil.copyfile(ROOT / 'timm_sharesnet' / 'weights.json', target / 'timm_sharesnet' / 'weights.json')
+    (target / 'tests').mkdir()
+    (target / 'tests' / 'data').symlink_to(ROOT / 'tests' / 'data')
+    return target
+
+
+def snapshot(project):
+    """Contents of all files but compiled ones."""
+    folders = [project / 'hub', project / 'timm_sharesnet']
+    files = [p for folder in folders for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts]
+    return {str(p): p.read_bytes() for p in files}
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def flip_last_byte(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def use(project, monkeypatch):
+    """Let the scripts, imported from the checkout, work on a copy. Returns the module `folder`."""
+    monkeypatch.syspath_prepend(str(ROOT / 'hub'))
+    import folder
+
+    monkeypatch.setattr(folder, 'HUB', project / 'hub')
+    monkeypatch.setattr(folder, 'MANIFEST', project / 'hub' / 'manifest.json')
+    monkeypatch.setattr(folder, 'IGNORED', project / 'hub' / '.gitignore')
+    monkeypatch.setattr(folder, 'PACKAGE', project / 'timm_sharesnet')
+    monkeypatch.setattr(folder, 'PINS', project / 'timm_sharesnet' / 'weights.json')
+    return folder
+
+
+def run(script, argv, monkeypatch, capsys):
+    """Run an imported script's `main`: exit status, output, lines of standard error."""
+    import folder
+
+    monkeypatch.setattr('sys.argv', [f'{script.__name__}.py', *map(str, argv)])
+    capsys.readouterr()
+    try:
+        folder.run(script.main)
+    except SystemExit as e:
+        out, err = capsys.readouterr()
+        return e.code, out, err.splitlines()

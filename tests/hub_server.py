@@ -1,0 +1,526 @@
+"""A stand-in for the Hugging Face Hub: enough of its API for the real `huggingface_hub` client to publish and load.
+
+It proves that client, wire format, cache and timm work together, not what the Hub's own policy is (hub/README.md has
+the list). It keeps repositories, commits and LFS objects in memory, knows tokens and namespaces, and fails on demand:
+
+    with HubServer() as hub:
+        hub.tokens['hf_write'] = Token('me', orgs=['our-org'])
+        hub.fail('POST', r'/commit/', Failure.LOST)  # the commit is made, its answer never arrives
+
+`hub.requests` lists what was asked. LFS objects are served under another host name (localhost) than the endpoint's
+(127.0.0.1), as the Hub does, and the client must have HF_HUB_DISABLE_XET=1.
+"""
+
+import base64
+import contextlib
+import enum
+import fnmatch
+import hashlib
+import json
+import re
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+GITATTRIBUTES = b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.bin filter=lfs diff=lfs merge=lfs -text\n'
+LICENSES = {'apache-2.0', 'mit', 'bsd-3-clause', 'cc-by-4.0', 'gpl-3.0', 'other', 'unknown'}
+DATE = '2024-01-01T00:00:00.000Z'
+
+
+class Failure(enum.Enum):
+    CUT = 'close the connection, do nothing'
+    LOST = 'do as asked, then close the connection without an answer'
+    HALF = 'send half of the answer, then close the connection'
+    HANG = 'do nothing until the client gives up'
+
+
+@dataclass
+class Token:
+    """Who a token belongs to; a read-only one (`role='read'`) may not write."""
+
+    name: str
+    orgs: list = field(default_factory=list)
+    role: str = 'write'
+
+    def may_write(self, namespace):
+        return self.role == 'write' and namespace in (self.name, *self.orgs)
+
+
+@dataclass
+class Commit:
+    title: str
+    files: dict  # path -> Blob
+    parent: str = ''
+    oid: str = ''
+
+    def __post_init__(self):
+        content = repr((self.title, self.parent, sorted((p, b.oid) for p, b in self.files.items()), time.time_ns()))
+        self.oid = hashlib.sha1(content.encode()).hexdigest()
+
+
+@dataclass
+class Blob:
+    data: bytes
+    lfs: bool = False
+
+    @property
+    def git_oid(self):
+        data = self.pointer if self.lfs else self.data
+        return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
+
+    @property
+    def pointer(self):
+        sha256 = hashlib.sha256(self.data).hexdigest()
+        return f'version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(self.data)}\n'.encode()
+
+    @property
+    def oid(self):
+        return hashlib.sha256(self.data).hexdigest() if self.lfs else self.git_oid
+
+
+@dataclass
+class Repo:
+    private: bool
+    commits: list  # of Commit, oldest first
+    tags: dict = field(default_factory=dict)  # name -> commit
+
+    @property
+    def head(self):
+        return self.commits[-1]
+
+    def commit(self, revision):
+        oid = {'main': self.head.oid, 'HEAD': self.head.oid, **self.tags}.get(revision, revision)
+        return next((c for c in self.commits if c.oid == oid), None)
+
+
+class Refusal(Exception):
+    """An answer of the Hub that is an error."""
+
+    def __init__(self, status, message, code=None, **body):
+        super().__init__(message)
+        self.status, self.code, self.body = status, code, {'error': message, **body}
+
+
+class HubServer:
+    """The state of the stand-in, and its server in a thread."""
+
+    def __init__(self):
+        self._lock = threading.RLock()
+        self.reset()
+
+    def reset(self):
+        """Forget everything."""
+        self.repos = {}  # 'namespace/name' -> Repo
+        self.renamed = {}  # old id -> new id, redirected as the Hub does after a rename or transfer
+        self.lfs = {}  # SHA-256 -> bytes
+        self.tokens = {}  # token -> Token
+        self.requests = []  # 'METHOD /path'
+        self._failures = []  # [method, pattern, what, times]
+
+    def __enter__(self):
+        handler = type('Handler', (_Handler,), {'hub': self})
+        self._server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+        self._server.daemon_threads = True
+        self.endpoint = f'http://127.0.0.1:{self._server.server_port}'
+        self.storage = f'http://localhost:{self._server.server_port}'
+        threading.Thread(target=self._server.serve_forever, kwargs={'poll_interval': 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+    def fail(self, method, pattern, what, times=1):
+        """Make the next requests fail.
+
+        Args:
+            method: HTTP method.
+            pattern: Regular expression searched in the path.
+            what: A `Failure`, an HTTP status, or seconds (a float) to wait before answering.
+            times: How many requests fail.
+        """
+        with self._lock:
+            self._failures.append([method, pattern, what, times])
+
+    def heal(self):
+        """Forget the failures that are still to come."""
+        with self._lock:
+            self._failures.clear()
+
+    def take_failure(self, method, path):
+        with self._lock:
+            for failure in self._failures:
+                if failure[0] == method and re.search(failure[1], path) and failure[3] > 0:
+                    failure[3] -= 1
+                    return failure[2]
+        return None
+
+    def create(self, repo_id, files, private=False):
+        """Put a repository there without the client: path -> bytes. Returns the commit."""
+        blobs = {path: self._blob(path, data) for path, data in files.items()}
+        first = Commit('initial commit', {'.gitattributes': Blob(GITATTRIBUTES)})
+        commit = Commit('Add model', {**first.files, **blobs}, first.oid)
+        self.repos[repo_id] = Repo(private, [first, commit])
+        return commit.oid
+
+    def _blob(self, path, data):
+        if is_lfs(path, len(data)):
+            self.lfs[hashlib.sha256(data).hexdigest()] = data
+            return Blob(data, lfs=True)
+        return Blob(data)
+
+
+def is_lfs(path, size):
+    patterns = [line.split()[0] for line in GITATTRIBUTES.decode().splitlines()]
+    return size > 10 * 2**20 or any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
+
+
+def metadata_errors(card):
+    """What the Hub's validator says to the metadata of a card, as far as its rules are known."""
+    match = re.match(r'---\n(.*?)\n---\n', card, re.S)
+    if not match:
+        return []
+    try:
+        data = yaml.safe_load(match[1])
+    except yaml.YAMLError as e:
+        return [f'YAML: {e}']
+    errors = []
+    if data.get('license', 'unknown') not in LICENSES:
+        errors.append(f'"license" must be one of {sorted(LICENSES)}')
+    if 'language' in data and not data['language']:
+        errors.append('"language" must not be empty')
+    for dataset in data.get('datasets', []):
+        if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(dataset)):
+            errors.append(f'"datasets" with value "{dataset}" is not valid')
+    for model in data.get('model-index', []):
+        if not isinstance(model.get('name'), str):
+            errors.append('"model-index[0].name" must be a string')
+        for result in model.get('results', [{}]):
+            if not (result.get('task', {}).get('type') and result.get('dataset', {}).get('name')):
+                errors.append('"model-index[0].results[0]" needs task and dataset')
+            for metric in result.get('metrics', [{}]):
+                if not {'type', 'value'} <= set(metric):
+                    errors.append('"model-index[0].results[0].metrics[0]" needs type and value')
+    return errors
+
+
+def card_data(commit):
+    readme = commit.files.get('README.md')
+    match = re.match(r'---\n(.*?)\n---\n', readme.data.decode(), re.S) if readme and not readme.lfs else None
+    return yaml.safe_load(match[1]) if match else None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    hub: HubServer
+
+    ROUTES = [
+        ('POST', r'/api/repos/create', 'create_repo'),
+        ('DELETE', r'/api/repos/delete', 'delete_repo'),
+        ('POST', r'/api/validate-yaml', 'validate_yaml'),
+        ('GET', r'/api/whoami-v2', 'whoami'),
+        ('POST', r'/api/models/(?P<id>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)', 'preupload'),
+        ('POST', r'/api/models/(?P<id>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)', 'commit'),
+        ('POST', r'/api/models/(?P<id>[^/]+/[^/]+)/paths-info/(?P<rev>[^/]+)', 'paths_info'),
+        ('POST', r'/api/models/(?P<id>[^/]+/[^/]+)/tag/(?P<rev>[^/]+)', 'tag'),
+        ('PUT', r'/api/models/(?P<id>[^/]+/[^/]+)/settings', 'settings'),
+        ('GET', r'/api/models/(?P<id>[^/]+/[^/]+)/auth-check(?P<write>/write)?', 'auth_check'),
+        ('GET', r'/api/models/(?P<id>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)(/(?P<path>.+))?', 'tree'),
+        ('GET', r'/api/models/(?P<id>[^/]+/[^/]+)/refs', 'refs'),
+        ('GET', r'/api/models/(?P<id>[^/]+/[^/]+)/commits/(?P<rev>[^/]+)', 'commits'),
+        ('GET', r'/api/models/(?P<id>[^/]+/[^/]+)(/revision/(?P<rev>[^/]+))?', 'model_info'),
+        ('POST', r'/(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch', 'lfs_batch'),
+        ('POST', r'/(?P<id>[^/]+/[^/]+)\.git/info/lfs/verify', 'lfs_verify'),
+        ('PUT', r'/lfs/(?P<oid>[0-9a-f]{64})', 'lfs_put'),
+        ('GET', r'/lfs/(?P<oid>[0-9a-f]{64})', 'lfs_get'),
+        ('HEAD', r'/(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)', 'resolve'),
+        ('GET', r'/(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)', 'resolve'),
+    ]
+
+    def log_message(self, *_):
+        pass
+
+    def do(self):
+        """Answer one request: read it whole, find its route, fail if told to."""
+        url = urlsplit(self.path)
+        path, self.query = unquote(url.path), parse_qs(url.query)
+        self.hub.requests.append(f'{self.command} {path}')
+        body = self.read_body()
+        failure = self.hub.take_failure(self.command, path)
+        if failure is Failure.HANG:
+            self.rfile.read(1)  # returns when the client is gone
+        if failure in (Failure.CUT, Failure.HANG):
+            return self.cut()
+        if isinstance(failure, float):
+            time.sleep(failure)
+        try:
+            if isinstance(failure, int):
+                raise Refusal(failure, 'the stand-in was told to fail')
+            with self.hub._lock:
+                status, headers, data = self.route(path, body)
+        except Refusal as e:
+            status, headers, data = e.status, {'X-Error-Message': str(e)}, e.body
+            if e.code:
+                headers['X-Error-Code'] = e.code
+        if failure is Failure.LOST:
+            return self.cut()
+        with contextlib.suppress(ConnectionError):  # the client may be gone
+            self.answer(status, headers, data, half=failure is Failure.HALF)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do
+
+    def read_body(self):
+        if self.headers.get('Transfer-Encoding') == 'chunked':
+            chunks = []
+            while size := int(self.rfile.readline(), 16):
+                chunks.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b''.join(chunks)
+        return self.rfile.read(int(self.headers.get('Content-Length') or 0))
+
+    def cut(self):
+        self.close_connection = True
+        with contextlib.suppress(OSError):  # the client may be gone
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def answer(self, status, headers, data, half=False):
+        if not isinstance(data, bytes):
+            data = json.dumps(data).encode()
+            headers = {'Content-Type': 'application/json', **headers}
+        self.send_response(status)
+        for name, value in {'Content-Length': len(data), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != 'HEAD':
+            self.wfile.write(data[: len(data) // 2] if half else data)
+        if half:
+            self.wfile.flush()
+            self.cut()
+
+    def route(self, path, body):
+        for method, pattern, name in self.ROUTES:
+            match = re.fullmatch(pattern, path)
+            if method == self.command and match:
+                arguments = {k: v for k, v in match.groupdict().items() if v}
+                new = self.hub.renamed.get(arguments.get('id'))
+                if new:
+                    return 307, {'Location': self.path.replace(arguments['id'], new, 1)}, b''
+                if name not in ('lfs_put', 'lfs_get', 'lfs_verify', 'resolve'):
+                    body = body if name == 'commit' else self.json(body)
+                return getattr(self, name)(body, **arguments)
+        raise Refusal(404, f'the stand-in has no route {self.command} {path}')
+
+    def json(self, body):
+        if self.headers.get('Content-Type', '').startswith('application/x-www-form-urlencoded'):
+            return parse_qs(body.decode())
+        return json.loads(body) if body else {}
+
+    # Who asks, and for what
+
+    def user(self):
+        scheme, _, token = self.headers.get('Authorization', '').partition(' ')
+        if not scheme:
+            return None
+        if token not in self.hub.tokens:
+            raise Refusal(401, 'Invalid credentials in Authorization header')
+        return self.hub.tokens[token]
+
+    def repo(self, repo_id, write=False):
+        user, repo = self.user(), self.hub.repos.get(repo_id)
+        namespace = repo_id.split('/')[0]
+        visible = repo and (not repo.private or (user and namespace in (user.name, *user.orgs)))
+        if not visible:  # the Hub does not tell private from missing
+            raise Refusal(404 if user else 401, 'Repository not found', 'RepoNotFound')
+        if write and not user:
+            raise Refusal(401, 'Invalid username or password.')
+        if write and not user.may_write(namespace):
+            raise Refusal(403, f'you have no write access to {repo_id}')
+        return repo
+
+    def revision(self, repo, revision):
+        commit = repo.commit(revision)
+        if not commit:
+            raise Refusal(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
+        return commit
+
+    # Repositories
+
+    def create_repo(self, body):
+        user = self.user()
+        if not user:
+            raise Refusal(401, 'Invalid username or password.')
+        namespace = body.get('organization') or user.name
+        repo_id = f'{namespace}/{body["name"]}'
+        if not user.may_write(namespace):
+            raise Refusal(403, f"You don't have the rights to create a model under the namespace {namespace}")
+        url = f'{self.hub.endpoint}/{repo_id}'
+        if repo_id in self.hub.repos:
+            raise Refusal(409, 'You already created this model repo', url=url)
+        private = body.get('private') or body.get('visibility') == 'private'
+        first = Commit('initial commit', {'.gitattributes': Blob(GITATTRIBUTES)})
+        self.hub.repos[repo_id] = Repo(bool(private), [first])
+        return 200, {}, {'url': url, 'name': repo_id, 'id': repo_id}
+
+    def delete_repo(self, body):
+        repo_id = f'{body.get("organization") or self.user().name}/{body["name"]}'
+        self.repo(repo_id, write=True)
+        del self.hub.repos[repo_id]
+        return 200, {}, b''
+
+    def settings(self, body, id):
+        repo = self.repo(id, write=True)
+        if 'visibility' in body or 'private' in body:
+            repo.private = body.get('private', body.get('visibility') == 'private')
+        return 200, {}, {'private': repo.private}
+
+    def auth_check(self, _, id, write=None):
+        self.repo(id, write=bool(write))
+        return 200, {}, {}
+
+    def whoami(self, _):
+        user = self.user()
+        if not user:
+            raise Refusal(401, 'Invalid username or password.')
+        orgs = [{'type': 'org', 'name': org, 'roleInOrg': 'write'} for org in user.orgs]
+        token = {'displayName': 'test', 'role': user.role}
+        return 200, {}, {'type': 'user', 'name': user.name, 'orgs': orgs, 'auth': {'accessToken': token}}
+
+    def model_info(self, _, id, rev='main'):
+        repo = self.repo(id)
+        commit = self.revision(repo, rev)
+        files = [{'rfilename': path} for path in commit.files]
+        data = card_data(commit)
+        info = {'_id': '0', 'id': id, 'modelId': id, 'sha': commit.oid, 'private': repo.private, 'siblings': files}
+        return 200, {}, {**info, 'tags': [], 'downloads': 0, 'cardData': data}
+
+    # Commits
+
+    def validate_yaml(self, body):
+        errors = metadata_errors(body['content'])
+        answer = {'errors': [{'message': e} for e in errors], 'warnings': []}
+        return (400 if errors else 200), {}, answer
+
+    def preupload(self, body, id, rev):
+        commit = self.revision(self.repo(id, write=True), rev)
+        files = []
+        for file in body['files']:
+            path = file['path']
+            oid = commit.files[path].oid if path in commit.files else None
+            mode = 'lfs' if is_lfs(path, file['size']) else 'regular'
+            files.append({'path': path, 'uploadMode': mode, 'shouldIgnore': False, 'oid': oid})
+        return 200, {}, {'files': files}
+
+    def commit(self, body, id, rev):
+        repo = self.repo(id, write=True)
+        parent = self.revision(repo, rev)
+        if parent is not repo.head:
+            raise Refusal(400, 'commits are made on a branch')
+        files, title = dict(parent.files), ''
+        for line in body.splitlines():
+            operation = json.loads(line)
+            key, value = operation['key'], operation['value']
+            if key == 'header':
+                title = value['summary']
+                if value.get('parentCommit') not in (None, parent.oid):
+                    raise Refusal(412, 'A commit has happened since. Please refresh and try again.')
+            elif key == 'file':
+                files[value['path']] = Blob(base64.b64decode(value['content']))
+            elif key == 'lfsFile':
+                if value['oid'] not in self.hub.lfs:
+                    raise Refusal(400, 'LFS pointer pointed to a file that does not exist')
+                files[value['path']] = Blob(self.hub.lfs[value['oid']], lfs=True)
+            elif key == 'deletedFile':
+                if value['path'] not in files:
+                    raise Refusal(404, "A file with this name doesn't exist", 'EntryNotFound')
+                del files[value['path']]
+        errors = metadata_errors(files['README.md'].data.decode()) if 'README.md' in files else []
+        if errors:
+            raise Refusal(400, '; '.join(errors))
+        repo.commits.append(Commit(title, files, parent.oid))
+        url = f'{self.hub.endpoint}/{id}/commit/{repo.head.oid}'
+        return 200, {}, {'success': True, 'commitOid': repo.head.oid, 'commitUrl': url, 'hookOutput': ''}
+
+    def entry(self, path, blob):
+        entry = {'type': 'file', 'path': path, 'size': len(blob.data), 'oid': blob.git_oid}
+        if blob.lfs:
+            entry['lfs'] = {'oid': blob.oid, 'size': len(blob.data), 'pointerSize': len(blob.pointer)}
+        return entry
+
+    def tree(self, _, id, rev, path=''):
+        commit = self.revision(self.repo(id), rev)
+        return 200, {}, [self.entry(p, b) for p, b in commit.files.items() if p.startswith(path)]
+
+    def paths_info(self, body, id, rev):
+        commit = self.revision(self.repo(id), rev)
+        return 200, {}, [self.entry(p, b) for p, b in commit.files.items() if p in body['paths']]
+
+    def tag(self, body, id, rev):
+        repo = self.repo(id, write=True)
+        if body['tag'] in repo.tags:
+            raise Refusal(409, 'Tag reference exists already')
+        repo.tags[body['tag']] = self.revision(repo, rev).oid
+        return 200, {}, {}
+
+    def refs(self, _, id):
+        repo = self.repo(id)
+        branches = [{'name': 'main', 'ref': 'refs/heads/main', 'targetCommit': repo.head.oid}]
+        tags = [{'name': n, 'ref': f'refs/tags/{n}', 'targetCommit': oid} for n, oid in repo.tags.items()]
+        return 200, {}, {'branches': branches, 'tags': tags, 'converts': []}
+
+    def commits(self, _, id, rev):
+        repo = self.repo(id)
+        history = repo.commits[: repo.commits.index(self.revision(repo, rev)) + 1]
+        fields = {'message': '', 'authors': [], 'date': DATE}
+        return 200, {}, [{'id': c.oid, 'title': c.title, **fields} for c in reversed(history)]
+
+    # Files
+
+    def resolve(self, _, id, rev, path):
+        commit = self.revision(self.repo(id), rev)
+        headers = {'X-Repo-Commit': commit.oid}
+        blob = commit.files.get(path)
+        if not blob:
+            raise Refusal(404, 'Entry not found', 'EntryNotFound')
+        if not blob.lfs:
+            return 200, {**headers, 'ETag': f'"{blob.oid}"'}, blob.data
+        linked = {'X-Linked-Etag': f'"{blob.oid}"', 'X-Linked-Size': len(blob.data)}
+        return 302, {**headers, **linked, 'Location': f'{self.hub.storage}/lfs/{blob.oid}'}, b''
+
+    def lfs_batch(self, body, id):
+        self.repo(id, write=True)
+        objects = []
+        for wanted in body['objects']:
+            if wanted['oid'] not in self.hub.lfs:
+                upload = {'href': f'{self.hub.storage}/lfs/{wanted["oid"]}'}
+                verify = {'href': f'{self.hub.endpoint}/{id}.git/info/lfs/verify'}
+                wanted = {**wanted, 'actions': {'upload': upload, 'verify': verify}}
+            objects.append(wanted)
+        return 200, {}, {'transfer': 'basic', 'objects': objects}
+
+    def lfs_put(self, body, oid):
+        if hashlib.sha256(body).hexdigest() != oid:
+            raise Refusal(400, 'the content does not have this SHA-256')
+        self.hub.lfs[oid] = body
+        return 200, {}, b''
+
+    def lfs_verify(self, body, id):
+        self.repo(id, write=True)
+        wanted = json.loads(body)
+        if len(self.hub.lfs.get(wanted['oid'], b'')) != wanted['size']:
+            raise Refusal(404, 'not uploaded')
+        return 200, {}, {}
+
+    def lfs_get(self, _, oid):
+        data, headers = self.hub.lfs[oid], {'ETag': f'"{oid}"', 'Accept-Ranges': 'bytes'}
+        match = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))
+        if not match:
+            return 200, headers, data
+        start, end = int(match[1]), min(int(match[2] or len(data) - 1), len(data) - 1)
+        headers['Content-Range'] = f'bytes {start}-{end}/{len(data)}'
+        return 206, headers, data[start : end + 1]

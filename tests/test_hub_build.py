@@ -1,0 +1,355 @@
+"""hub/build.py makes a folder of what train.py or the importer left, or writes nothing at all."""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import timm
+import torch
+import yaml
+from hub_project import NAME, ROOT, copy_project, edit, run, snapshot, use
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+ARGS = {
+    'model': 'shawrn40_4',
+    'data_dir': '/home/me/data/cifar10',
+    'dataset': 'torch/cifar10',
+    'initial_checkpoint': '../old runs/last.pth.tar',
+    'resume': '',
+    'kd_model_name': 'local-dir:/home/me/teacher',
+    'epochs': 3,
+    'lr': 0.1,
+    'bce_loss': False,
+    'amp': False,
+    'amp_dtype': 'float16',
+    'sched': 'multistep',
+    'decay_milestones': [2],
+    'decay_epochs': 90,
+    'smoothing': 0.0,
+    'opt_kwargs': {'filter_bias_and_bn': False},
+    'seed': 42,
+}
+SUMMARY = """epoch,train_loss,lr
+0,2.1,0.1
+1,1.9,1.5,40.0,90.0,0.05
+2,1.7,0.01
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    return copy_project(tmp_path / 'project')
+
+
+@pytest.fixture
+def build(project, monkeypatch):
+    folder = use(project, monkeypatch)
+    import build
+
+    load_sample = folder.load_sample
+    monkeypatch.setattr(folder, 'load_sample', lambda dataset: load_sample(dataset)[:40])  # 1,000 images are slow
+    return build
+
+
+def constant_model(name, label, seed=0):
+    """A model that takes every image for one class."""
+    torch.manual_seed(seed)
+    model = timm.create_model(name)
+    torch.nn.init.zeros_(model.fc.weight)
+    torch.nn.init.zeros_(model.fc.bias).data[label] = 1.0
+    return model
+
+
+@pytest.fixture
+def train_run(tmp_path):
+    """Write an output directory as train.py leaves it, given the labels that both sets of weights predict."""
+
+    def write(last, ema):
+        path = tmp_path / 'train run'
+        path.mkdir()
+        args = argparse.Namespace(**ARGS)
+        checkpoint = {'epoch': 2, 'arch': ARGS['model'], 'args': args, 'optimizer': {'lr': 0.1}, 'metric': 40.0}
+        state_dict = constant_model('shawrn40_4', last, seed=1).state_dict()
+        checkpoint['state_dict'] = {f'_orig_mod.{k}': v for k, v in state_dict.items()}
+        checkpoint['state_dict_ema'] = constant_model('shawrn40_4', ema, seed=2).state_dict()
+        torch.save(checkpoint, path / 'last.pth.tar')
+        torch.save({'state_dict': {}}, path / 'model_best.pth.tar')  # not the one to take
+        (path / 'args.yaml').write_text(yaml.safe_dump(ARGS))
+        (path / 'summary.csv').write_text(SUMMARY)
+        return path, state_dict, checkpoint['state_dict_ema']
+
+    return write
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A test split of 13 real images, three of them cats (3), two ships (8)."""
+    import folder
+
+    dataset = folder.DATASETS['c10']
+    left = dict.fromkeys(range(10), 1) | {3: 3, 8: 2}
+    for i, (image, label) in enumerate(folder.load_sample(dataset)):
+        if left[label]:
+            left[label] -= 1
+            path = tmp_path / 'data' / 'test' / folder.class_names(dataset)[label] / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    assert not any(left.values())
+    return tmp_path / 'data'
+
+
+@pytest.mark.parametrize(('last', 'ema', 'better'), [(8, 3, 'EMA'), (3, 8, 'not averaged')])
+def test_train_run_becomes_a_folder_with_the_better_weights(
+    build, project, train_run, data, monkeypatch, capsys, last, ema, better
+):
+    path, *state_dicts = train_run(last, ema)
+    name = 'shawrn40_4.test_c10'
+    code, out, err = run(build, [path, '--model', name, '--data-dir', data], monkeypatch, capsys)
+    assert (code, err) == (0, [])
+    folder = project / 'hub' / name
+    files = {'model.safetensors', 'config.json', 'README.md', 'args.yaml', 'summary.csv', 'curves.png'}
+    assert {path.name for path in folder.iterdir()} == files
+
+    # 23 MB of fp32, so fp16; nothing but the better weights
+    expected = state_dicts[better == 'EMA']
+    found = load_file(folder / 'model.safetensors')
+    assert found.keys() == expected.keys()
+    for k, v in expected.items():
+        assert torch.equal(found[k], v.half() if v.is_floating_point() else v)
+    with safe_open(folder / 'model.safetensors', framework='pt') as file:
+        assert file.metadata() == {'format': 'pt'}
+
+    entry = json.loads((project / 'hub' / 'manifest.json').read_text())[name]
+    assert entry['accuracy'] == {'top1': round(300 / 13, 4), 'top5': entry['accuracy']['top5'], 'images': 13}
+    other = {'EMA': 'not averaged', 'not averaged': 'EMA'}[better]
+    assert entry['picked'] == f'{better} (top-1 23.08 %, {other} 15.38 %)'
+    assert entry['picked'] in out
+    assert (entry['parameters'], entry['dtype'], entry['seed'], entry['data']) == (5852634, 'float16', 42, 'CIFAR-10')
+
+    args = yaml.safe_load((folder / 'args.yaml').read_text())
+    cut = {'data_dir': 'cifar10', 'initial_checkpoint': 'last.pth.tar', 'kd_model_name': 'local-dir:teacher'}
+    assert args == ARGS | cut
+    text = (folder / 'README.md').read_text()
+    assert 'its unshared twin `wrn40_4`, same recipe | not measured' in text
+    assert '| **this model** | 23.08 % |' in text and '| WRN-40-4, shared | 94.90 % |' in text
+    assert '| `epochs` | 3 |' in text and '| `smoothing` | 0.0 |' in text and '| `decay_milestones` | [2] |' in text
+    assert not any(option in text for option in ('bce_loss', 'amp_dtype', 'decay_epochs'))  # they had no effect
+    assert 'model-index' not in text  # 13 images are not the test split
+    assert '/home' not in text
+
+    import check
+
+    assert check.static_faults(folder) == [] and check.common_faults(json.loads(pins(project))) == []
+    if better == 'EMA':
+        assert check.model_faults(folder) == []
+
+
+def pins(project):
+    return (project / 'timm_sharesnet' / 'weights.json').read_text()
+
+
+def test_import_becomes_a_folder_with_its_source_in_fp32(build, project, tmp_path, monkeypatch, capsys):
+    import check
+    import folder
+    import import_torch7
+
+    model = timm.create_model('sharesnet34')
+    import_torch7._write(model, {}, tmp_path / 'imported')
+    monkeypatch.setattr(folder, 'TRACKED_BYTES', 50e6)
+    name = 'sharesnet34.torch7_in1k'
+    code, out, err = run(build, [tmp_path / 'imported', '--model', name], monkeypatch, capsys)
+    assert (code, err) == (0, [])
+    path = project / 'hub' / name
+    assert {file.name for file in path.iterdir()} == {'model.safetensors', 'config.json', 'README.md', 'source.json'}
+    found = load_file(path / 'model.safetensors')
+    assert all(torch.equal(found[k], v) for k, v in model.state_dict().items())
+    text = (path / 'README.md').read_text()
+    assert '| **this model** | not measured | - |  |' in text and '| ResNet-34, shared | 71.75 % | 90.58 % |' in text
+    assert 'license: other' in text and 'model-index' not in text
+    assert 'https://github.com/aboulch/sharesnet' in (path / 'source.json').read_text()
+    Image.new('RGB', (300, 250)).save(tmp_path / 'image.png')
+    monkeypatch.chdir(tmp_path)
+    for code in re.findall(r'```python\n(.*?)\n```', text, re.S):
+        exec(code.replace(f'hf-hub:timm-sharesnet/{name}', f'local-dir:{path}'), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11 and lines[-1] == '(1, 512)'  # five classes with their ImageNet names, five maps, one vector
+
+    # 54 MB of fp32 go beyond what is tracked here
+    assert f'hub/{name}/model.safetensors goes beyond 50 MB in all' in out
+    assert f'\n/{name}/model.safetensors\n' in (project / 'hub' / '.gitignore').read_text()
+    (path / 'model.safetensors').unlink()
+    assert run(check, [path], monkeypatch, capsys) == (0, f'{name}: ok, weights not here\n', [])
+
+
+def test_renewed_folder_keeps_what_was_measured(build, project, monkeypatch, capsys):
+    path = project / 'hub' / NAME
+    before, manifest = snapshot(project), json.loads((project / 'hub' / 'manifest.json').read_text())
+    pinned = json.loads(pins(project))
+    pinned[NAME] |= {'repo': f'timm-sharesnet/{NAME}', 'revision': 'a' * 40}
+    (project / 'timm_sharesnet' / 'weights.json').write_text(json.dumps(pinned))
+    monkeypatch.setenv('TIMM_SHARESNET_NAMESPACE', 'me')
+    assert run(build, [path, '--model', NAME], monkeypatch, capsys)[0] == 0
+    manifest[NAME]['sample']['wrong'] = [i for i in manifest[NAME]['sample']['wrong'] if i < 40]
+    assert json.loads((project / 'hub' / 'manifest.json').read_text()) == manifest
+    assert json.loads(pins(project)) == pinned
+    text = before[str(path / 'README.md')].decode()
+    assert (path / 'README.md').read_text() == text.replace('timm-sharesnet/', 'me/')
+    for name in ('model.safetensors', 'training.json'):
+        assert (path / name).read_bytes() == before[str(path / name)]
+
+
+def save(path, state_dict):
+    torch.save({'state_dict': state_dict}, path)
+    return path
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ('executed',))
+
+
+def state_dict(**changes):
+    found = timm.create_model('shawrn40_4').state_dict()
+    for key, value in changes.items():
+        found[key.replace('__', '.')] = value
+    return {k: v for k, v in found.items() if v is not None}
+
+
+# What is given as PATH (made by a function of an empty folder), --model and further arguments; what the error says
+C10 = 'shawrn40_4.test_c10'
+REFUSALS = {
+    'no path': (lambda p: p / 'x', [C10], 'x does not exist'),
+    'an empty folder': (lambda p: p, [C10], 'has none of model.safetensors, last.pth.tar, model_best.pth.tar'),
+    'no checkpoint': (lambda p: (p / 'x').write_bytes(b'x') and p / 'x', [C10], 'x cannot be read'),
+    'code in a pickle': (lambda p: save(p / 'x', {'a': Evil()}), [C10], 'x cannot be read: UnpicklingError'),
+    'no state dict': (lambda p: torch.save([1], p / 'x') or p / 'x', [C10], 'holds no state dict but a list'),
+    'a missing tensor': (lambda p: save(p / 'x', state_dict(fc__bias=None)), [C10], 'fc.bias is missing'),
+    'an extra tensor': (lambda p: save(p / 'x', state_dict(x=torch.ones(1))), [C10], 'x is not part of the model'),
+    'another shape': (
+        lambda p: save(p / 'x', state_dict(fc__bias=torch.ones(9))),
+        [C10],
+        'fc.bias has shape (9,) instead of (10,)',
+    ),
+    'a value that is not finite': (
+        lambda p: save(p / 'x', state_dict(fc__bias=torch.full((10,), torch.nan))),
+        [C10],
+        'fc.bias has values that are not finite',
+    ),
+    'a value too large for fp16': (
+        lambda p: save(p / 'x', state_dict(fc__bias=torch.full((10,), 1e6))),
+        [C10],
+        'the written file does not hold the same finite values as torch.float16',
+    ),
+    'another model': (
+        lambda p: save(p / 'x', state_dict()),
+        ['wrn40_4.test_c10'],
+        'layer1.blocks.1.conv2.weight is missing',
+    ),
+    'an unknown model': (lambda p: p, ['resnet50.a1_in1k'], 'resnet50 is no architecture of this package'),
+    'no data set in the tag': (lambda p: p, ['shawrn40_4.test'], 'is not ARCH.TAG with a tag that ends in _c10'),
+    'no tag': (lambda p: p, ['shawrn40_4'], 'is not ARCH.TAG'),
+    'no namespace': (lambda p: p, [C10, '--namespace', 'a/b'], "'a/b' is not a name that the Hub accepts"),
+    'an unknown option': (lambda p: p, [C10, '--x'], 'unrecognized arguments: --x'),
+    'data without a test split': (lambda p: p, [C10, '--data-dir', '.'], 'has no folder test'),
+}
+
+
+@pytest.mark.parametrize('case', REFUSALS)
+def test_nothing_is_written_for(build, project, tmp_path, monkeypatch, capsys, case):
+    path, arguments, message = REFUSALS[case]
+    (tmp_path / 'in').mkdir()
+    path = path(tmp_path / 'in')
+    before = snapshot(project)
+    code, out, err = run(build, [path, '--model', *arguments], monkeypatch, capsys)
+    assert code == 1 and out == ''
+    assert any(message in line for line in err) and all(line.startswith('build.py: ') for line in err)
+    assert snapshot(project) == before
+
+
+@pytest.mark.parametrize(
+    ('file', 'old', 'new', 'model', 'message'),
+    [
+        ('summary.csv', '2,1.7,0.01', '2,1.7', C10, 'summary.csv: a row of 2 values'),
+        ('args.yaml', 'shawrn40_4', 'wrn40_4', C10, 'args.yaml says wrn40_4, --model says shawrn40_4'),
+    ],
+)
+def test_nothing_is_written_for_a_train_run_with(
+    build, project, train_run, monkeypatch, capsys, file, old, new, model, message
+):
+    path = train_run(0, 1)[0]
+    edit(path / file, old, new)
+    before = snapshot(project)
+    code, _, err = run(build, [path, '--model', model], monkeypatch, capsys)
+    assert code == 1 and len(err) == 1 and message in err[0]
+    assert snapshot(project) == before
+
+
+def test_imported_weights_must_be_tagged_so(build, project, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'config.json').write_text('{"architecture": "sharesnet34", "pretrained_cfg": {"tag": "torch7_in1k"}}')
+    shutil.copyfile(ROOT / 'hub' / NAME / 'model.safetensors', tmp_path / 'model.safetensors')
+    code, _, err = run(build, [tmp_path, '--model', 'sharesnet34.mine_in1k'], monkeypatch, capsys)
+    assert code == 1 and 'the tag must start with torch7_' in err[0]
+    code, _, err = run(build, [tmp_path, '--model', 'sharesnet50.torch7_in1k'], monkeypatch, capsys)
+    assert code == 1 and 'config.json says sharesnet34, --model says sharesnet50' in err[0]
+
+
+@pytest.mark.parametrize('classes', [('a', 'b'), tuple('abcdefghij')])
+def test_images_of_other_classes_are_refused(build, project, tmp_path, monkeypatch, capsys, classes):
+    for name in classes:
+        (tmp_path / 'data' / 'test' / name).mkdir(parents=True)
+        shutil.copyfile(ROOT / 'hub' / NAME / 'curves.png', tmp_path / 'data' / 'test' / name / 'x.png')
+    code, _, err = run(build, [tmp_path, '--model', C10, '--data-dir', tmp_path / 'data'], monkeypatch, capsys)
+    assert code == 1 and ('has 2 classes' in err[0] or 'does not have the classes of CIFAR-10: a, b, c' in err[0])
+
+
+def test_missing_matplotlib_is_told(build, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    with pytest.raises(Exception, match='drawing the curves needs matplotlib: pip install matplotlib'):
+        build.draw_curves([{'epoch': 0, 'train_loss': 1.0, 'lr': 0.1}], NAME, tmp_path / 'curves.png')
+
+
+# Replacing a folder
+
+
+@pytest.fixture
+def folders(build, tmp_path):
+    """An old folder, and a new one to take its place."""
+    old, new = tmp_path / 'x', tmp_path / 'temporary' / 'x'
+    for path, text in {old: 'old', new: 'new'}.items():
+        path.mkdir(parents=True)
+        (path / 'file').write_text(text)
+    return old, new
+
+
+def test_replaced_folder_holds_the_new_files(build, folders):
+    old, new = folders
+    build.replace(new, old)
+    assert (old / 'file').read_text() == 'new' and not new.exists()
+    assert sorted(path.name for path in old.parent.iterdir() if 'x' in path.name) == ['x']
+
+
+def test_failure_to_replace_leaves_the_old_folder(build, folders):
+    old, new = folders
+    shutil.rmtree(new)
+    with pytest.raises(FileNotFoundError):
+        build.replace(new, old)
+    assert (old / 'file').read_text() == 'old'
+
+
+def test_next_build_puts_back_what_a_killed_one_moved_aside(build, project, tmp_path, monkeypatch, capsys):
+    before = snapshot(project)
+    path = project / 'hub' / NAME
+    path.rename(build._aside(path))  # killed before the new folder was there
+    import check
+
+    assert f'.{NAME}.old is what a build left' in run(check, [], monkeypatch, capsys)[2][0]
+    assert run(build, [tmp_path / 'missing', '--model', NAME], monkeypatch, capsys)[0] == 1
+    assert snapshot(project) == before
+    shutil.copytree(path, build._aside(path))  # killed when the new folder was there
+    run(build, [tmp_path / 'missing', '--model', NAME], monkeypatch, capsys)
+    assert snapshot(project) == before

@@ -1,0 +1,271 @@
+"""hub/check.py finds what is wrong with a folder and names it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from hub_project import NAME, ROOT, copy_project, edit, flip_last_byte, run, snapshot, use
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def project(tmp_path):
+    return copy_project(tmp_path / 'project')
+
+
+@pytest.fixture
+def check(project, monkeypatch):
+    use(project, monkeypatch)
+    import check
+
+    return check
+
+
+@pytest.fixture
+def path(project):
+    return project / 'hub' / NAME
+
+
+# hub/check.py where the extra [test] is not installed
+PLAIN = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(('matplotlib', 'mypy', 'onnx', 'onnxruntime', 'pytest', 'torchfile'), None))
+sys.argv, sys.path[0] = sys.argv[1:], sys.argv[1].rpartition('/')[0]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def test_folders_of_the_project_pass_on_a_plain_install():
+    """With everything that is verified: here 1,000 images are classified."""
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
+    command = [sys.executable, '-c', PLAIN, str(ROOT / 'hub' / 'check.py')]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, '')
+    assert f'{NAME}: ok\n' in result.stdout
+
+
+def test_tracked_weights_stay_under_80_mb():
+    command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard', '*.safetensors']
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip('not a git checkout')
+    files = [ROOT / name for name in result.stdout.split('\0') if name]
+    assert files and sum(file.stat().st_size for file in files) < 80e6
+
+
+def damage_json(name, change):
+    def damage(path):
+        file = path / name
+        data = json.loads(file.read_text())
+        change(data)
+        file.write_text(json.dumps(data))
+
+    return damage
+
+
+DAMAGE = {
+    'a flipped byte': (lambda p: flip_last_byte(p / 'model.safetensors'), 'model.safetensors has the SHA-256 '),
+    'a truncated file': (
+        lambda p: (p / 'model.safetensors').write_bytes((p / 'model.safetensors').read_bytes()[:1000]),
+        'model.safetensors has 1,000 bytes, weights.json says 3,902,048',
+    ),
+    'no weights': (lambda p: (p / 'model.safetensors').unlink(), 'model.safetensors is missing'),
+    'no card': (lambda p: (p / 'README.md').unlink(), 'README.md is missing'),
+    'a pickle': (lambda p: (p / 'pytorch_model.bin').touch(), 'pytorch_model.bin does not belong there'),
+    'a folder': (lambda p: (p / '.cache').mkdir(), '.cache does not belong there'),
+    'a link': (
+        lambda p: (p / 'curves.png').rename(p / 'x') and (p / 'curves.png').symlink_to('x'),
+        'curves.png does not belong there',
+    ),
+    'no provenance': (lambda p: (p / 'training.json').unlink(), 'it does not tell how the weights came about'),
+    'a path': (
+        damage_json('training.json', lambda d: d.update(output='/home/me/runs/last.pth')),
+        'training.json has paths that are not cut',
+    ),
+    'broken provenance': (lambda p: (p / 'training.json').write_text('{'), 'training.json is not valid'),
+    'no curves': (lambda p: (p / 'curves.png').unlink(), 'curves.png is missing'),
+    'broken curves': (lambda p: (p / 'curves.png').write_bytes(b'PNG'), 'provenance cannot be verified'),
+    'another architecture': (
+        damage_json('config.json', lambda d: d.update(architecture='resnet164_cifar')),
+        "config.json has architecture 'resnet164_cifar' instead of 'sharesnet164_cifar'",
+    ),
+    'another tag': (
+        damage_json('config.json', lambda d: d['pretrained_cfg'].update(tag='x_c10')),
+        "config.json has tag 'x_c10' instead of 'cpu_c10'",
+    ),
+    'other labels': (
+        damage_json('config.json', lambda d: d['label_names'].reverse()),
+        'config.json has label_names',
+    ),
+    'another hash': (damage_json('config.json', lambda d: d.update(sha256='0')), "config.json has sha256 '0' instead"),
+    'a source': (
+        damage_json('config.json', lambda d: d['pretrained_cfg'].update(url='https://example.org/x.bin')),
+        'config.json must not name a source of weights: url',
+    ),
+    'broken config': (lambda p: (p / 'config.json').write_text('{'), 'config.json is not valid'),
+    'accuracy in the card': (
+        lambda p: edit(p / 'README.md', '| **this model** | 94.31 %', '| **this model** | 95.31 %'),
+        'README.md does not have the row: | **this model** | 94.31 % |',
+    ),
+    'accuracy in the metadata': (
+        lambda p: edit(p / 'README.md', 'value: 0.9431', 'value: 0.9531'),
+        'the model-index has the accuracies [95.31, 99.88], the manifest [94.31, 99.88]',
+    ),
+    'parameters in the card': (
+        lambda p: edit(p / 'README.md', '| Parameters | 929,114', '| Parameters | 829,114'),
+        'README.md does not have the row: | Parameters | 929,114',
+    ),
+    "the twin's accuracy": (
+        lambda p: edit(p / 'README.md', 'same recipe | not measured', 'same recipe | 94.50 %'),
+        'README.md does not have the row: | its unshared twin `resnet164_cifar`, same recipe | not measured',
+    ),
+    'license': (
+        lambda p: edit(p / 'README.md', 'license: apache-2.0', 'license: mit'),
+        'README.md: license of the metadata is mit instead of apache-2.0',
+    ),
+    'broken metadata': (
+        lambda p: edit(p / 'README.md', 'license: apache-2.0', 'license: ['),
+        'README.md: the metadata is not valid',
+    ),
+    'no entry': (
+        lambda p: (p.parent / 'manifest.json').write_text('{}'),
+        'no entry in manifest.json',
+    ),
+    'no pin': (
+        lambda p: (p.parents[1] / 'timm_sharesnet' / 'weights.json').write_text('{}'),
+        'no entry in weights.json',
+    ),
+    'half an entry': (
+        damage_json('../manifest.json', lambda d: d[NAME].pop('sample')),
+        'no valid entry in manifest.json: sample is missing or unknown',
+    ),
+    'other data': (
+        damage_json('../manifest.json', lambda d: d[NAME].update(data='CIFAR-100')),
+        'data: the manifest says CIFAR-100, the tag CIFAR-10',
+    ),
+    'another hash in the package': (
+        damage_json('../../timm_sharesnet/weights.json', lambda d: d[NAME].update(sha256='0' * 64)),
+        f'weights.json says {"0" * 64}',
+    ),
+    'a pin of another repository': (
+        damage_json('../../timm_sharesnet/weights.json', lambda d: d[NAME].update(repo='x/y', revision='a' * 40)),
+        f'weights.json pins x/y@{"a" * 40}, not timm-sharesnet/{NAME} at a full commit',
+    ),
+    'a pin that can move': (
+        damage_json(
+            '../../timm_sharesnet/weights.json',
+            lambda d: d[NAME].update(repo=f'timm-sharesnet/{NAME}', revision='main'),
+        ),
+        f'weights.json pins timm-sharesnet/{NAME}@main',
+    ),
+    'broken manifest': (lambda p: (p.parent / 'manifest.json').write_text('{'), 'manifest.json is not valid'),
+}
+
+
+@pytest.mark.parametrize('case', DAMAGE)
+def test_damage_is_named(check, project, path, monkeypatch, capsys, case):
+    damage, message = DAMAGE[case]
+    damage(path)
+    before = snapshot(project)
+    monkeypatch.setattr(check, 'model_faults', lambda path: [])  # slow, tested below
+    code, _, err = run(check, [path], monkeypatch, capsys)
+    assert code == 1
+    assert any(line.startswith(f'check.py: {NAME}: {message}') or message in line for line in err), err
+    assert snapshot(project) == before
+
+
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    {
+        'missing': (lambda t: t.pop('norm.weight'), 'norm.weight is missing'),
+        'extra': (lambda t: t.update(x=torch.zeros(1)), 'x is not part of the model'),
+        'shape': (lambda t: t.update({'fc.bias': torch.zeros(9)}), 'fc.bias has shape (9,) instead of (10,)'),
+        'value': (lambda t: t['fc.bias'].fill_(torch.nan), 'fc.bias has values that are not finite'),
+        'type': (lambda t: t.update({'fc.bias': torch.zeros(10).bfloat16()}), 'fc.bias is torch.bfloat16'),
+    }.values(),
+)
+def test_wrong_tensors_are_named(check, path, damage, message):
+    tensors = load_file(path / 'model.safetensors')
+    damage(tensors)
+    save_file(tensors, path / 'model.safetensors')
+    assert any(message in fault for fault in check.model_faults(path))
+
+
+def test_wrong_figures_and_preprocessing_are_named(check, path, monkeypatch):
+    recorded = json.loads((path.parent / 'manifest.json').read_text())[NAME]['sample']['wrong']
+    monkeypatch.setattr('folder.wrong_in_sample', lambda *_: recorded)  # slow; the whole is run above
+    assert check.model_faults(path) == []
+    damage_json('../manifest.json', lambda d: d[NAME].update(parameters=1, gmacs=9.9, dtype='float16'))(path)
+    damage_json('config.json', lambda d: d['pretrained_cfg'].update(mean=[0.5, 0.5, 0.5]))(path)
+    assert check.model_faults(path) == [
+        'model.safetensors is float32, the manifest says float16',
+        'config.json asks for mean (0.5, 0.5, 0.5), the package for (0.4914, 0.4822, 0.4465)',
+        'parameters: measured 929,114, the manifest says 1',
+        'gmacs: measured 0.2445, the manifest says 9.9',
+        'parameters: the manifest says 1, the original 929,114',
+    ]
+
+
+def test_at_most_three_images_may_be_classified_otherwise(check):
+    from folder import DATASETS
+
+    recorded = {'images': 'cifar10_test_1000', 'wrong': [1, 2, 3, 4]}
+    assert check.sample_faults([1, 2, 5], recorded, DATASETS['c10']) == []  # 3, 4 and 5
+    faults = check.sample_faults([1, 5, 6], recorded, DATASETS['c10'])
+    assert faults == [
+        '5 images of cifar10_test_1000 are not classified as the manifest says (3 may be so): '
+        '2, 3, 4, 5, 6; 3 wrong instead of 4'
+    ]
+    assert check.sample_faults([], None, DATASETS['c10']) == ['the manifest does not have the sample cifar10_test_1000']
+
+
+@pytest.mark.parametrize('dataset', ['c10', 'c100'])
+def test_sample_has_1000_images_evenly_of_all_classes(check, dataset):
+    import folder
+
+    dataset = folder.DATASETS[dataset]
+    images, labels = zip(*folder.load_sample(dataset), strict=True)
+    assert len(images) == 1000 and {image.size for image in images} == {(32, 32)}
+    assert set(Counter(labels).values()) == {1000 // dataset.classes} and max(labels) == dataset.classes - 1
+    assert len(set(folder.class_names(dataset))) == dataset.classes
+
+
+def test_folder_may_lie_anywhere(check, path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check, 'model_faults', lambda path: [])
+    shutil.move(path, tmp_path / NAME)
+    monkeypatch.chdir(tmp_path)
+    for argument in (NAME, tmp_path / NAME, f'./{NAME}/'):
+        assert run(check, [argument], monkeypatch, capsys) == (0, f'{NAME}: ok\n', [])
+    assert 'no folder' in run(check, ['missing.x_c10'], monkeypatch, capsys)[2][0]
+    assert 'is not ARCH.TAG' in run(check, [tmp_path], monkeypatch, capsys)[2][0]
+
+
+def test_untracked_weights_need_not_be_there(check, path, monkeypatch, capsys):
+    (path / 'model.safetensors').unlink()
+    with (path.parent / '.gitignore').open('a') as file:
+        file.write(f'/{NAME}/model.safetensors\n')
+    assert run(check, [], monkeypatch, capsys) == (0, f'{NAME}: ok, weights not here\n', [])
+    edit(path / 'README.md', '94.31 %', '94.32 %')  # the rest is verified all the same
+    assert run(check, [], monkeypatch, capsys)[0] == 1
+
+
+def test_what_the_folders_have_in_common_is_verified(check, project, path, monkeypatch, capsys):
+    monkeypatch.setattr(check, 'model_faults', lambda path: [])
+    flip_last_byte(project / 'timm_sharesnet' / 'weights' / f'{NAME}.safetensors')
+    (project / 'timm_sharesnet' / 'weights' / 'x.safetensors').touch()
+    (project / 'hub' / 'new.x_c10').mkdir()
+    monkeypatch.setattr('folder.TRACKED_BYTES', 7e6)  # the file is there twice
+    code, _, err = run(check, [], monkeypatch, capsys)
+    assert code == 1
+    assert err == [
+        'check.py: the tracked weights have 7,804,096 bytes, 7,000,000 are the limit',
+        f'check.py: {NAME}.safetensors in the package does not have the SHA-256 of weights.json',
+        'check.py: x.safetensors in the package is not "packaged" in weights.json',
+        'check.py: new.x_c10: no entry in manifest.json',
+        'check.py: new.x_c10: no entry in weights.json',
+    ]

@@ -1,0 +1,507 @@
+"""hub/publish.py with the real `huggingface_hub` client against the stand-in, and the snippets of every card.
+
+Each case runs the script in a process of its own, forked from one that has imported timm, on a copy of the folders.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_project import NAME, ROOT, copy_project, edit, flip_last_byte, snapshot
+from hub_server import Blob, Commit, Failure, HubServer, Token
+from PIL import Image
+
+REPO = f'timm-sharesnet/{NAME}'
+FILES = {'README.md', 'config.json', 'curves.png', 'model.safetensors', 'training.json'}
+WORKER = """
+import json, os, runpy, sys, time, traceback
+import huggingface_hub.hf_api, huggingface_hub.repocard, PIL.Image, safetensors.torch, timm, torch, yaml
+time.sleep = lambda seconds: None  # huggingface_hub waits up to 8 s before it tries again
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        os.environ.update(job['env'])
+        os.chdir(job['cwd'])
+        for i, path in enumerate(('/dev/null', job['out'], job['err'])):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), i)
+        sys.argv = job['argv']
+        sys.path[0] = os.path.dirname(sys.argv[0])
+        code = 0
+        try:
+            runpy.run_path(sys.argv[0], run_name='__main__')
+        except SystemExit as e:
+            code = e.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        os._exit(code)  # torch takes long to go
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope='module')
+def server():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope='module')
+def environment(server, tmp_path_factory):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING', 'TIMM_SHARESNET'))}
+    home = tmp_path_factory.mktemp('home')
+    settings = {'HF_ENDPOINT': server.endpoint, 'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1', 'OMP_NUM_THREADS': '1'}
+    return clean | settings
+
+
+@pytest.fixture(scope='module')
+def worker(environment):
+    process = subprocess.Popen(
+        [sys.executable, '-c', WORKER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    yield process
+    process.stdin.close()
+    process.wait()
+
+
+@pytest.fixture
+def hub(server):
+    server.reset()
+    server.tokens['hf_write'] = Token('me', orgs=['timm-sharesnet'])
+    return server
+
+
+@pytest.fixture
+def project(tmp_path):
+    """What the scripts of hub/ read and write, copied."""
+    return copy_project(tmp_path / 'project')
+
+
+@pytest.fixture
+def run(worker, project):
+    """Run a script in a fork of the worker: exit status, output, lines of standard error.
+
+    It must not alter any file, but for weights.json with `--pin`.
+    """
+
+    def run(*argv, script='hub/publish.py', token='hf_write', env=None, started=None, cwd=project):
+        out, err = cwd / 'out.txt', cwd / 'err.txt'
+        env = {**(env or {}), **({'HF_TOKEN': token} if token else {})}
+        job = {'argv': [str(project / script), *argv], 'cwd': str(cwd), 'out': str(out), 'err': str(err), 'env': env}
+        before = snapshot(project)
+        worker.stdin.write(json.dumps(job) + '\n')
+        worker.stdin.flush()
+        pid = int(worker.stdout.readline())
+        if started:
+            started(pid)
+        code = int(worker.stdout.readline())
+        assert 'Traceback' not in err.read_text()
+        if '--pin' not in argv:
+            assert snapshot(project) == before
+        return code, out.read_text(), err.read_text().splitlines()
+
+    return run
+
+
+def published(server, project):
+    """Whether the stand-in holds exactly the folder, publicly, in one commit after the first."""
+    repo = server.repos[REPO]
+    files = {name: blob.data for name, blob in repo.head.files.items() if name != '.gitattributes'}
+    folder = project / 'hub' / NAME
+    return not repo.private and files == {name: (folder / name).read_bytes() for name in FILES}
+
+
+def writes(server):
+    return [r for r in server.requests if not r.startswith(('GET', 'HEAD')) and 'validate-yaml' not in r]
+
+
+# Without --push
+
+
+def test_dry_run_lists_files_and_sizes_without_a_request(run, hub, project):
+    code, out, err = run(token=None)
+    assert (code, err, hub.requests) == (0, [], [])
+    for name in FILES:
+        assert f'{(project / "hub" / NAME / name).stat().st_size:,}  {name}\n' in out
+    assert f'-> {hub.endpoint}/{REPO}\n' in out
+
+
+# --push
+
+
+def test_push_publishes_in_one_commit_and_again_is_a_no_op(run, hub, project):
+    code, out, err = run(NAME, '--push')
+    assert (code, err) == (0, [])
+    repo = hub.repos[REPO]
+    assert published(hub, project)
+    assert [c.title for c in repo.commits] == ['initial commit', f'Publish {NAME}']
+    assert repo.head.files['model.safetensors'].lfs and not repo.head.files['README.md'].lfs
+    assert f'public at commit {repo.head.oid}' in out
+    # the card was accepted before the repository was made, which was private until the files were verified
+    order = ['POST /api/validate-yaml', 'POST /api/repos/create', f'POST /api/models/{REPO}/commit/main']
+    order += [f'GET /api/models/{REPO}/tree/{repo.head.oid}', f'PUT /api/models/{REPO}/settings']
+    assert [hub.requests.index(r) for r in order] == sorted(hub.requests.index(r) for r in order)
+
+    hub.requests.clear()
+    code, out, err = run(NAME, '--push')
+    assert (code, err) == (0, []) and 'unchanged' in out
+    assert len(repo.commits) == 2 and published(hub, project)
+    assert not any(re.search('PUT|create|/commit/|settings', r) for r in writes(hub))
+
+
+def test_push_deletes_stale_files_in_the_same_commit(run, hub, project):
+    folder = project / 'hub' / NAME
+    hub.create(REPO, {**read(folder), 'pytorch_model.bin': b'pickle', 'sub/old.txt': b'old', 'README.md': b'# old\n'})
+    code, _, err = run('--push')  # all folders
+    assert (code, err) == (0, [])
+    assert published(hub, project) and len(hub.repos[REPO].commits) == 3
+
+
+def read(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_push_finishes_what_a_killed_one_left(run, hub, project):
+    hub.fail('POST', '/commit/', Failure.HANG)
+
+    def kill(pid):
+        wait_for(lambda: any('/commit/' in r for r in hub.requests))
+        os.kill(pid, signal.SIGKILL)
+
+    code, _, _ = run(NAME, '--push', started=kill)
+    assert code == -signal.SIGKILL
+    assert hub.repos[REPO].private  # nobody sees what is there
+    assert run(NAME, '--push')[0] == 0
+    assert published(hub, project)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_push_leaves_no_empty_repository(run, hub, number):
+    hub.fail('POST', '/preupload/', Failure.HANG)
+
+    def interrupt(pid):
+        wait_for(lambda: any('/preupload/' in r for r in hub.requests))
+        os.kill(pid, number)
+
+    code, _, err = run(NAME, '--push', started=interrupt)
+    assert code == 1 and not hub.repos
+    assert err[-2:] == [
+        f'{REPO}: the new repository was still empty and was deleted',
+        'publish.py: interrupted',
+    ]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.02)
+
+
+REFUSALS = {
+    'no token': (None, {}, 'there is no token: `hf auth login`, or set HF_TOKEN'),
+    'unknown token': ('hf_unknown', {}, 'the Hub does not accept the token (HTTP 401'),
+    'read-only token': (
+        'hf_read',
+        {'hf_read': Token('me', ['timm-sharesnet'], 'read')},
+        'the token of me is read-only',
+    ),
+    'foreign namespace': (
+        'hf_you',
+        {'hf_you': Token('you')},
+        'belongs to you, who is not in the namespace timm-sharesnet',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', REFUSALS)
+def test_push_is_refused_with(run, hub, case):
+    token, tokens, message = REFUSALS[case]
+    hub.tokens.update(tokens)
+    code, _, err = run(NAME, '--push', token=token)
+    assert code == 1 and len(err) == 1 and message in err[0]
+    assert not hub.repos and not writes(hub)
+
+
+def test_token_that_may_not_write_to_the_repository_changes_nothing(run, hub):
+    """As of a fine-grained token, whose rights only the attempt tells."""
+    hub.tokens['hf_fine'] = Token('me', ['timm-sharesnet'], 'fineGrained')
+    code, _, err = run(NAME, '--push', token='hf_fine')
+    assert code == 1 and not hub.repos
+    assert 'making the repository: the token may not do this (HTTP 403' in err[0]
+    head = hub.create(REPO, {'README.md': b'# old\n'})
+    code, _, err = run(NAME, '--push', token='hf_fine')
+    assert code == 1 and hub.repos[REPO].head.oid == head and not hub.lfs
+    assert 'uploading: the token may not do this (HTTP 403' in err[0]
+    assert err[1:] == [f'publish.py: {REPO}: it is unchanged at commit {head}']
+
+
+def test_token_is_read_from_the_file_of_hf_auth_login(run, hub, environment):
+    file = Path(environment['HF_HOME'], 'token')
+    file.write_text('hf_unknown')
+    try:
+        code, _, err = run(NAME, '--push', token=None)
+    finally:
+        file.unlink()
+    assert code == 1 and 'does not accept the token' in err[0]
+
+
+def test_trusted_publisher_that_gets_no_token_is_told(run, hub):
+    code, _, err = run(NAME, '--push', env={'HF_OIDC_RESOURCE': REPO})
+    assert code == 1 and len(err) == 1 and 'reading the token: ' in err[0] and not hub.requests
+
+
+def test_card_that_the_hub_refuses_is_found_before_anything_is_sent(run, hub, monkeypatch):
+    monkeypatch.setattr('hub_server.LICENSES', {'mit'})
+    code, _, err = run(NAME, '--push')
+    assert code == 1 and len(err) == 1 and not hub.repos and not writes(hub)
+    assert 'validating the card' in err[0] and 'must be one of' in err[0]
+
+
+FAILURES = {
+    # while nothing is there yet: nothing is left
+    'card: 503': ('POST', 'validate-yaml', 503, 1),
+    'create: 500': ('POST', 'repos/create', 500, 1),
+    'create: cut': ('POST', 'repos/create', Failure.CUT, 1),
+    'preupload: 503': ('POST', '/preupload/', 503, 99),
+    'upload: 503': ('PUT', '/lfs/', 503, 99),
+    'upload: cut': ('PUT', '/lfs/', Failure.CUT, 99),
+    'commit: 500': ('POST', '/commit/', 500, 99),
+    'commit: cut': ('POST', '/commit/', Failure.CUT, 99),
+}
+
+
+@pytest.mark.parametrize('case', FAILURES)
+def test_failed_push_leaves_no_repository(run, hub, case):
+    hub.fail(*FAILURES[case])
+    code, _, err = run(NAME, '--push')
+    assert code == 1 and not hub.repos
+    assert all(line.startswith(f'publish.py: {REPO}: ') for line in err) and len(err) <= 2
+    assert ('HTTP 50' in err[0]) == isinstance(FAILURES[case][2], int)
+
+
+def test_failed_push_leaves_a_published_repository_as_it_was(run, hub):
+    head = hub.create(REPO, {'README.md': b'# old\n', 'model.safetensors': b'old'})
+    hub.fail('POST', '/commit/', Failure.CUT, 99)
+    code, _, err = run(NAME, '--push')
+    assert code == 1 and hub.repos[REPO].head.oid == head and not hub.repos[REPO].private
+    assert err[-1] == f'publish.py: {REPO}: it is unchanged at commit {head}'
+
+
+PASSING = {
+    'create: answer lost': ('POST', 'repos/create', Failure.LOST, 1),
+    'upload: 503 once': ('PUT', '/lfs/', 503, 1),
+    'upload: cut once': ('PUT', '/lfs/', Failure.CUT, 1),
+    'commit: answer lost': ('POST', '/commit/', Failure.LOST, 1),
+    'commit: slow': ('POST', '/commit/', 2.0, 1),
+}
+
+
+@pytest.mark.parametrize('case', PASSING)
+def test_push_gets_over(run, hub, project, case):
+    hub.fail(*PASSING[case])
+    code, _, err = run(NAME, '--push')
+    assert (code, err) == (0, [])
+    assert published(hub, project) and len(hub.repos[REPO].commits) == 2
+
+
+def test_network_that_is_dead_from_the_start(run, hub):
+    hub.fail('GET', '', Failure.CUT, 99)
+    code, _, err = run(NAME, '--push')
+    assert code == 1 and len(err) == 1 and f'asking {hub.endpoint} whose token this is: ' in err[0]
+
+
+@pytest.mark.parametrize(
+    'failure',
+    {'listing: 503': ('GET', '/tree/', 503, 99), 'download: cut': ('HEAD', '/resolve/', Failure.CUT, 99)}.values(),
+)
+def test_repository_that_cannot_be_verified_stays_private(run, hub, project, failure):
+    hub.fail(*failure)
+    code, _, err = run(NAME, '--push')
+    oid = hub.repos[REPO].head.oid
+    assert code == 1 and hub.repos[REPO].private
+    assert len(err) == 2 and f'verifying commit {oid}: ' in err[0]
+    assert err[1].endswith(f'the new repository is private at commit {oid}: run this again')
+    hub.heal()
+    assert run(NAME, '--push')[0] == 0
+    assert published(hub, project)
+
+
+@pytest.mark.parametrize(
+    ('where', 'message'),
+    [
+        ('commit', 'not as sent: model.safetensors'),
+        ('storage', 'timm does not load the same weights from the Hub as from the folder'),
+    ],
+)
+def test_other_bytes_than_sent_are_noticed(run, hub, project, where, message):
+    hub.fail('GET', '/tree/', 3.0)
+
+    def damage(_pid):
+        wait_for(lambda: any('/tree/' in r for r in hub.requests))
+        files = hub.repos[REPO].head.files
+        data = files['model.safetensors'].data
+        other = data[:-1] + bytes([data[-1] ^ 1])
+        if where == 'commit':
+            files['model.safetensors'] = Blob(other, lfs=True)
+        else:
+            hub.lfs[files['model.safetensors'].oid] = other
+
+    code, _, err = run(NAME, '--push', started=damage)
+    assert code == 1 and hub.repos[REPO].private
+    assert message in err[0]
+
+
+def test_concurrent_commit_is_not_overwritten(run, hub):
+    hub.create(REPO, {'README.md': b'# old\n'})
+    hub.fail('POST', '/preupload/', 3.0)
+
+    def commit(_pid):
+        wait_for(lambda: any('/preupload/' in r for r in hub.requests))
+        repo = hub.repos[REPO]
+        repo.commits.append(Commit('theirs', {**repo.head.files, 'theirs.txt': Blob(b'theirs')}, repo.head.oid))
+
+    code, _, err = run(NAME, '--push', started=commit)
+    assert code == 1 and 'somebody else committed at the same time' in err[0]
+    assert hub.repos[REPO].head.title == 'theirs'
+
+
+def test_renamed_repository_is_refused(run, hub):
+    hub.renamed[REPO] = f'new-owner/{NAME}'
+    head = hub.create(f'new-owner/{NAME}', {'README.md': b'# theirs\n'})
+    code, _, err = run(NAME, '--push')
+    assert code == 1 and f'it was renamed or transferred to new-owner/{NAME}' in err[0]
+    assert list(hub.repos) == [f'new-owner/{NAME}'] and hub.repos[f'new-owner/{NAME}'].head.oid == head
+
+
+# What may not be published at all
+
+
+def test_folder_that_is_not_as_recorded_is_refused_before_any_request(run, hub, project):
+    folder = project / 'hub' / NAME
+    cases = {
+        'pytorch_model.bin does not belong there': lambda: (folder / 'pytorch_model.bin').write_bytes(b''),
+        'model.safetensors has the SHA-256': lambda: flip_last_byte(folder / 'model.safetensors'),
+        'README.md: the model-index has the accuracies [94.4, 99.88]': lambda: edit(
+            folder / 'README.md', '0.9431', '0.944'
+        ),
+        'curves.png is missing': lambda: (folder / 'curves.png').unlink(),
+    }
+    for alter in cases.values():
+        alter()
+    code, _, err = run(NAME, '--push')
+    assert code == 1 and not hub.requests
+    for message in cases:
+        assert any(message in line for line in err), (message, err)
+    shutil.rmtree(folder)
+    assert run(NAME)[2] == [f'publish.py: {NAME}: no folder {folder}']
+    assert 'is not ARCH.TAG' in run('../secrets')[2][0]
+
+
+@pytest.mark.parametrize('how', ['argument', 'environment'])
+def test_namespace_that_the_card_was_not_written_for_is_refused(run, hub, how):
+    if how == 'argument':
+        code, _, err = run(NAME, '--push', '--namespace', 'me')
+    else:
+        code, _, err = run(NAME, '--push', env={'TIMM_SHARESNET_NAMESPACE': 'me'})
+    assert code == 1 and len(err) == 1 and not hub.requests
+    assert f'hub/build.py hub/{NAME} --model {NAME} --namespace me' in err[0]
+
+
+def test_people_publish_in_a_namespace_of_their_own_and_the_pins_stay(run, hub, project):
+    edit(project / 'hub' / NAME / 'README.md', 'timm-sharesnet/', 'me/')  # as build.py --namespace me writes it
+    code, _, err = run(NAME, '--push', env={'TIMM_SHARESNET_NAMESPACE': 'me'})
+    assert (code, err) == (0, []) and list(hub.repos) == [f'me/{NAME}'] and not hub.repos[f'me/{NAME}'].private
+
+
+# The pin
+
+
+def test_pin_is_refused_for_another_endpoint_or_without_push(run, hub):
+    for arguments, message in {
+        ('--push', '--pin'): f'only, not for timm-sharesnet on {hub.endpoint}',
+        ('--pin',): 'needs --push',
+    }.items():
+        code, _, err = run(NAME, *arguments)
+        assert code == 1 and len(err) == 1 and message in err[0]
+    assert not hub.requests
+
+
+def test_push_with_pin_writes_the_verified_commit(run, hub, project):
+    """With a copy of publish.py that takes the stand-in for the real Hub."""
+    edit(
+        project / 'hub' / 'publish.py',
+        "PINNED_ENDPOINT = 'https://huggingface.co'",
+        f'PINNED_ENDPOINT = {hub.endpoint!r}',
+    )
+    before = json.loads((project / 'timm_sharesnet' / 'weights.json').read_text())
+    hub.fail('GET', '/tree/', 503, 99)
+    assert run(NAME, '--push', '--pin')[0] == 1
+    assert json.loads((project / 'timm_sharesnet' / 'weights.json').read_text()) == before
+    hub.heal()
+    assert run(NAME, '--push', '--pin')[0] == 0
+    code, _, err = run(NAME, '--push', '--pin', '--namespace', 'me')
+    assert code == 1 and f'--pin is for timm-sharesnet on {hub.endpoint} only, not for me' in err[0]
+    after = json.loads((project / 'timm_sharesnet' / 'weights.json').read_text())
+    pin = {'repo': REPO, 'revision': hub.repos[REPO].head.oid}
+    assert after == before | {NAME: before[NAME] | pin}
+
+
+# The cards
+
+CARDS = sorted(path for path in (ROOT / 'hub').glob('*/README.md') if (path.parent / 'model.safetensors').is_file())
+
+
+@pytest.mark.parametrize('card', CARDS, ids=lambda path: path.parent.name)
+def test_snippets_of_the_card_run(run, hub, tmp_path, card):
+    """Without the pip line, on an image of the package that the model knows, from an empty cache."""
+    name, text = card.parent.name, card.read_text()
+    namespace = re.search(r'hf-hub:([\w.-]+)/', text)[1]
+    hub.create(f'{namespace}/{name}', read(card.parent))
+    sample = json.loads((ROOT / 'hub' / 'manifest.json').read_text())[name]['sample']
+    sheet, wrong = (sample['images'], sample['wrong']) if sample else ('cifar10_test_1000', [])
+    i = next(i for i in range(1000) if i not in wrong)
+    with Image.open(ROOT / 'tests' / 'data' / f'{sheet}.webp') as image:
+        x, y = 32 * (i % (image.width // 32)), 32 * (i // (image.width // 32))
+        image.convert('RGB').crop((x, y, x + 32, y + 32)).save(tmp_path / 'image.png')
+    snippets = re.findall(r'```python\n(.*?)\n```', text, re.S)
+    outputs = []
+    for number, code in enumerate(snippets):
+        pip, _, code = code.partition('\n')
+        assert pip == '# pip install timm-sharesnet'
+        script = tmp_path / f'snippet{number}.py'
+        script.write_text(code)
+        status, out, err = run(script=script, token=None, cwd=tmp_path)
+        assert status == 0, err
+        outputs.append(out.splitlines())
+    classes, features, embedding = outputs
+    assert len(classes) == 5 and all(re.match(r'\d+\.\d% ', line) for line in classes)
+    if sample:
+        meta = json.loads((ROOT / 'tests' / 'data' / f'{sheet}.json').read_text())
+        assert classes[0].endswith(f'% {meta["classes"][meta["labels"][i]]}')
+    for lines, code in zip((features, embedding), snippets[1:], strict=True):
+        assert ', '.join(lines) == re.search(r'print\(tuple\(.*  # (.*)', code)[1]
+
+
+@pytest.mark.parametrize('card', CARDS, ids=lambda path: path.parent.name)
+def test_metadata_of_the_card_is_complete(card):
+    data = yaml.safe_load(card.read_text().split('---\n')[1])
+    keys = 'license library_name pipeline_tag datasets tags metrics'.split()
+    assert all(data[key] for key in keys)
+    entry = json.loads((ROOT / 'hub' / 'manifest.json').read_text())[card.parent.name]
+    if entry['accuracy']:
+        metrics = data['model-index'][0]['results'][0]['metrics']
+        assert [m['value'] * 100 for m in metrics] == pytest.approx(
+            [entry['accuracy']['top1'], entry['accuracy']['top5']]
+        )

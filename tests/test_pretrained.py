@@ -1,0 +1,594 @@
+"""Loading weights: from the package, from a folder or file, and from the stand-in for the Hub (hub_server.py).
+
+Hub tests run the real huggingface_hub client in a process of its own, because it reads its environment at import, on a
+copy of the package whose weights.json pins a commit of the stand-in as a release will pin one of the Hub.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from hub_server import Blob, Commit, Failure, HubServer, Repo
+from PIL import Image
+
+import timm_sharesnet
+
+PACKAGE = Path(timm_sharesnet.__file__).parent
+DATA = Path(__file__).parent / 'data'
+HUB = Path(__file__).parents[1] / 'hub'
+NAME = 'sharesnet164_cifar.cpu_c10'  # in the package
+FOLDER = HUB / NAME
+WEIGHTS = (FOLDER / 'model.safetensors').read_bytes()
+
+PUBLISHED = 'sharesnet164_cifar.modern_c10'  # only on the stand-in, with the files of FOLDER
+REPO = f'our-org/{PUBLISHED}'
+
+OURS = ('sharesnet*', 'shawrn*', 'resnet164_cifar', 'resnet92_cifar', 'wrn*')
+ADAPTED = [{}, dict(num_classes=5), dict(in_chans=1), dict(features_only=True)]
+
+
+def ids(kwargs):
+    return ', '.join(f'{k}={v}' for k, v in kwargs.items()) or 'as it is'
+
+
+# Files that must not be loaded
+
+
+class Payload:
+    """Pickles to a call that leaves a file."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def pickled(data, mark):
+    return pickle.dumps(Payload(mark), protocol=2)  # torch's
+
+
+def flipped(data, mark):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def truncated(data, mark):
+    return data[:-1000]
+
+
+def lying(data, mark):
+    """The header puts two tensors in the same place."""
+    size = int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8 : 8 + size])
+    header['layer1.conv.weight']['data_offsets'] = header['layer2.conv.weight']['data_offsets']
+    header = json.dumps(header).encode()
+    return len(header).to_bytes(8, 'little') + header + data[8 + size :]
+
+
+def edited(edit):
+    def damage(data, mark):
+        tensors = safetensors.torch.load(data)
+        edit(tensors)
+        return safetensors.torch.save(tensors)
+
+    return damage
+
+
+def other_net(data, mark):
+    other = timm.create_model('shawrn40_4', layers=(1, 1, 1), widen_factor=1)
+    return safetensors.torch.save(other.state_dict())
+
+
+UNREADABLE = {
+    'a pickle': pickled,
+    'a truncated file': truncated,
+    'a header that lies': lying,
+}
+MISFITS = {
+    'a wrong shape': edited(lambda t: t.update({'layer2.conv.weight': torch.zeros(3, 3)})),
+    'a missing tensor': edited(lambda t: t.pop('layer2.conv.weight')),
+    'an extra tensor': edited(lambda t: t.update(extra=torch.zeros(3))),
+    "another net's weights": other_net,
+}
+DAMAGED = {**UNREADABLE, **MISFITS, 'a flipped byte': flipped}
+
+
+def parametrize_damage(kinds):
+    return pytest.mark.parametrize('damage', kinds.values(), ids=kinds)
+
+
+@pytest.fixture
+def mark(tmp_path):
+    """A file that is there at the end if the payload was executed."""
+    mark = tmp_path / 'executed'
+    pickle.loads(pickled(b'', mark))
+    assert mark.exists()  # else the tests could not fail
+    mark.unlink()
+    yield mark
+    assert not mark.exists()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    attempts = []
+
+    def refuse(*args, **kwargs):
+        attempts.append(args)
+        raise OSError('no network')
+
+    for name in ('connect', 'connect_ex'):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+    yield
+    assert not attempts
+
+
+# What is there
+
+
+def test_only_weights_that_exist_are_listed():
+    manifest = json.loads((PACKAGE / 'weights.json').read_text())
+    assert all(
+        (PACKAGE / 'weights' / f'{name}.safetensors').is_file() for name in manifest if manifest[name]['packaged']
+    )
+    there = [name for name, entry in manifest.items() if entry['packaged'] or entry['revision']]
+    assert sorted(timm.list_pretrained(OURS)) == sorted(there)
+
+
+def test_every_tag_is_known_to_timm():
+    names = timm.list_models(OURS, include_tags=True)
+    assert {name.split('.')[0] for name in names} == set(timm.list_models(OURS))
+    for name in names:
+        cfg = timm.create_model(name, device='meta').pretrained_cfg
+        assert f'{cfg["architecture"]}.{cfg["tag"]}' == name
+
+
+@pytest.mark.parametrize('arch, tag', [('sharesnet50', 'torch7_in1k'), ('sharesnet164_cifar', 'cpu_c10')])
+def test_default_tag(arch, tag):
+    assert timm.get_pretrained_cfg(arch).tag == tag
+
+
+@pytest.mark.parametrize(
+    'name', sorted(set(timm.list_models(OURS, include_tags=True)) - set(timm.list_pretrained(OURS)))
+)
+def test_unpublished_weights_are_refused_with_what_to_do_and_without_network(name, no_network):
+    with pytest.raises(RuntimeError) as e:
+        timm.create_model(name, pretrained=True)
+    for part in (f'published for {name} yet', f'local-dir:hub/{name}', 'import_torch7.py', 'train_configs/README.md'):
+        assert part in str(e.value)
+
+
+# The weights that travel in the package
+
+
+def test_packaged_weights_load_without_network_and_equal_the_published_folder(no_network):
+    model = timm.create_model('sharesnet164_cifar', pretrained=True)
+    assert_equal(model.state_dict(), safetensors.torch.load(WEIGHTS))
+
+
+def test_packaged_weights_classify_real_images_as_measured():
+    model = timm.create_model('sharesnet164_cifar', pretrained=True).eval().to(memory_format=torch.channels_last)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    labels = torch.tensor(json.loads((DATA / 'cifar10_test_1000.json').read_text())['labels'])
+    sheet = Image.open(DATA / 'cifar10_test_1000.webp').convert('RGB')
+    boxes = [(x, y, x + 32, y + 32) for y in range(0, sheet.height, 32) for x in range(0, sheet.width, 32)]
+    images = torch.stack([transform(sheet.crop(box)) for box in boxes])
+    with torch.inference_mode():
+        predictions = torch.cat([model(batch).argmax(1) for batch in images.split(100)])
+    wrong = (predictions != labels).nonzero().flatten().tolist()
+    expected = json.loads((HUB / 'manifest.json').read_text())[NAME]['sample']['wrong']
+    assert len(set(wrong) ^ set(expected)) <= 3  # other CPUs round differently
+
+
+# A user's own files and folders. Their bytes are not compared, their tensors are.
+
+SMALL = dict(layers=(2, 2, 2))
+
+
+@pytest.fixture(scope='module')
+def small():
+    """A small net: its tensors, and the files of its folder."""
+    torch.manual_seed(0)
+    model = timm.create_model('sharesnet164_cifar', **SMALL)
+    config = json.loads((FOLDER / 'config.json').read_text())
+    return SimpleNamespace(
+        tensors=model.state_dict(),
+        weights=safetensors.torch.save(model.state_dict()),
+        config=json.dumps({**config, 'model_args': {k: list(v) for k, v in SMALL.items()}}),
+    )
+
+
+@pytest.fixture
+def write(small, tmp_path):
+    """Write a folder with the given weights."""
+
+    def write(weights, name='model.safetensors'):
+        (tmp_path / 'config.json').write_text(small.config)
+        (tmp_path / name).write_bytes(weights)
+        return tmp_path
+
+    return write
+
+
+def assert_equal(found, expected, but=()):
+    """The same tensors, apart from those whose names begin with `but`."""
+    found, expected = ({k: v for k, v in tensors.items() if not k.startswith(but)} for tensors in (found, expected))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(v, expected[k]) for k, v in found.items())
+
+
+def load_folder(folder, **kwargs):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
+
+
+def load_file(folder, **kwargs):
+    overlay = dict(file=str(folder / 'model.safetensors'))
+    return timm.create_model('sharesnet164_cifar', pretrained=True, pretrained_cfg_overlay=overlay, **SMALL, **kwargs)
+
+
+@pytest.mark.parametrize('load', [load_folder, load_file])
+@pytest.mark.parametrize('kwargs', ADAPTED, ids=ids)
+def test_own_weights_load(load, kwargs, small, write):
+    expected = dict(small.tensors)
+    if 'in_chans' in kwargs:
+        expected['conv1.weight'] = expected['conv1.weight'].sum(1, keepdim=True)  # timm's way
+    but = ('fc.', 'norm.') if 'features_only' in kwargs else ('fc.',) if 'num_classes' in kwargs else ()
+    assert_equal(load(write(small.weights), **kwargs).state_dict(), expected, but)
+
+
+@pytest.mark.parametrize('load', [load_folder, load_file])
+@parametrize_damage(MISFITS)
+@pytest.mark.parametrize('kwargs', ADAPTED, ids=ids)
+def test_own_weights_that_do_not_fit_are_refused(load, damage, kwargs, small, write, mark):
+    with pytest.raises(RuntimeError, match=r'^The checkpoint is not one of sharesnet164_cifar, nothing was loaded: '):
+        load(write(damage(small.weights, mark)), **kwargs)
+
+
+@pytest.mark.parametrize('load', [load_folder, load_file])
+@parametrize_damage(UNREADABLE)
+def test_own_weights_that_are_no_safetensors_are_refused(load, damage, small, write, mark):
+    with pytest.raises(safetensors.SafetensorError):
+        load(write(damage(small.weights, mark)))
+
+
+def test_own_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f'no file {re.escape(str(tmp_path))}/model.safetensors'):
+        load_file(tmp_path)
+
+
+def test_own_pickle_is_not_executed(write, mark):
+    with pytest.raises((RuntimeError, pickle.UnpicklingError), match='[Ww]eights.only'):
+        load_folder(write(pickled(b'', mark), 'pytorch_model.bin'))
+
+
+@pytest.mark.parametrize(
+    'name', ['sharesnet164_cifar', 'sharesnet164_cifar.modern_c10'], ids=['packaged', 'unpublished']
+)
+@pytest.mark.parametrize('source', ['file', 'relative file', 'state_dict', 'pretrained_cfg', 'train.py'])
+def test_own_source_wins_over_that_of_the_tag(name, source, small, write, monkeypatch):
+    folder = write(small.weights)
+    monkeypatch.chdir(folder)
+    kwargs = {
+        'file': dict(pretrained_cfg_overlay=dict(file=folder / 'model.safetensors')),
+        'relative file': dict(pretrained_cfg_overlay=dict(file='model.safetensors')),
+        'state_dict': dict(pretrained_cfg_overlay=dict(state_dict=dict(small.tensors))),
+        'pretrained_cfg': dict(pretrained_cfg=dict(file='model.safetensors', num_classes=10)),
+        # --pretrained-path: the classifier is new
+        'train.py': dict(pretrained_cfg_overlay=dict(file='model.safetensors', num_classes=-1)),
+    }[source]
+    model = timm.create_model(name, pretrained=True, **SMALL, **kwargs)
+    assert_equal(model.state_dict(), small.tensors, but=('fc.',) if source == 'train.py' else ())
+
+
+# The Hub
+
+CLIENT = """
+import hashlib, json, sys, time
+import timm, torch
+import timm_sharesnet
+
+print(json.dumps(dict(package=timm_sharesnet.__file__, listed=timm.list_pretrained('sharesnet164_cifar'))), flush=True)
+for line in sys.stdin:
+    name, kwargs = json.loads(line)
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    try:
+        model = timm.create_model(name, pretrained=True, **kwargs).eval()
+        with torch.inference_mode():
+            outputs = model(torch.randn(2, kwargs.get('in_chans', 3), 32, 32))
+        outputs = b''.join(x.numpy().tobytes() for x in (outputs if isinstance(outputs, list) else [outputs]))
+        answer = dict(outputs=hashlib.sha256(outputs).hexdigest(), error=None)
+    except Exception as e:
+        answer = dict(outputs=None, error=type(e).__name__, message=str(e))
+    print(json.dumps(dict(answer, seconds=time.perf_counter() - start)), flush=True)
+"""
+
+
+class Client:
+    """A process that loads models from a Hub endpoint with a copy of the package."""
+
+    def __init__(self, package, endpoint, offline=False):
+        script = package.parent / 'client.py'  # its folder comes first in sys.path, before any installed package
+        script.write_text(CLIENT)
+        env = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}
+        env.update(HF_ENDPOINT=endpoint, HF_HOME=str(package.parent / 'home'), HF_HUB_DISABLE_XET='1')
+        env.update(HF_HUB_OFFLINE=str(int(offline)), NO_PROXY='127.0.0.1,localhost', OMP_NUM_THREADS='1')
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([sys.executable, str(script)], env=env, **pipes)
+        self.hello = self._read()
+        assert Path(self.hello.package).parent == package
+
+    def load(self, name, **kwargs):
+        """What `timm.create_model` gives: digest of the outputs on a fixed input, or the error; and the seconds."""
+        self.process.stdin.write(json.dumps([name, kwargs], default=str) + '\n')
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self):
+        return SimpleNamespace(**json.loads(self.process.stdout.readline()))
+
+    def close(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope='module')
+def server():
+    with HubServer() as server:
+        server.create(REPO, {path.name: path.read_bytes() for path in FOLDER.iterdir()})
+        yield server
+
+
+@pytest.fixture
+def hub(server):
+    """The stand-in as it was, whatever the last test did to it."""
+    head = server.repos[REPO].head
+    before = dict(server.repos), dict(head.files), dict(server.lfs)
+    server.requests.clear()
+    yield server
+    server.heal()
+    server.renamed.clear()
+    server.repos, head.files, server.lfs = before
+
+
+@pytest.fixture(scope='module')
+def pin(server):
+    return server.repos[REPO].head.oid
+
+
+@pytest.fixture(scope='module')
+def package(pin, tmp_path_factory):
+    """A copy of the package that pins the stand-in's commit."""
+    package = tmp_path_factory.mktemp('copy') / 'timm_sharesnet'
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns('__pycache__'))
+    manifest = json.loads((package / 'weights.json').read_text())
+    entry = dict(repo=REPO, revision=pin, sha256=hashlib.sha256(WEIGHTS).hexdigest(), size=len(WEIGHTS), packaged=False)
+    (package / 'weights.json').write_text(json.dumps({**manifest, PUBLISHED: entry}))
+    return package
+
+
+def client_fixture(**options):
+    @pytest.fixture(scope='module')
+    def client(package, server):
+        client = Client(package, **{'endpoint': server.endpoint, **options})
+        yield client
+        client.close()
+
+    return client
+
+
+client = client_fixture()
+offline_client = client_fixture(offline=True)
+cut_off_client = client_fixture(endpoint='http://127.0.0.1:9')  # nobody listens there
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / 'cache'
+
+
+@pytest.fixture(scope='module')
+def expected(client):
+    """Outputs of the published folder."""
+    return {ids(kwargs): client.load(f'local-dir:{FOLDER}', **kwargs).outputs for kwargs in ADAPTED}
+
+
+NAMES = [PUBLISHED, f'hf-hub:{REPO}', f'hf-hub:{REPO}@PIN']
+SECONDS = 10  # the retries of huggingface_hub take 23
+
+
+def downloads(hub):
+    return [request for request in hub.requests if request.startswith('GET /lfs/')]
+
+
+def test_published_weights_are_listed(client):
+    assert client.hello.listed == [NAME, PUBLISHED]
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('kwargs', ADAPTED, ids=ids)
+def test_published_weights_load_from_an_empty_cache(name, kwargs, client, hub, pin, expected, cache):
+    loaded = client.load(name.replace('PIN', pin), cache_dir=cache, **kwargs)
+    assert loaded.outputs == expected[ids(kwargs)], loaded
+    assert len(downloads(hub)) == 1
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_second_load_downloads_nothing_and_works_offline(name, client, offline_client, hub, pin, expected, cache):
+    name = name.replace('PIN', pin)
+    client.load(name, cache_dir=cache)
+    hub.requests.clear()
+    assert offline_client.load(name, cache_dir=cache).outputs == expected['as it is']
+    assert client.load(name, cache_dir=cache).outputs == expected['as it is']
+    if name == f'hf-hub:{REPO}':  # may have moved on: timm asks, and finds that it has not
+        assert [request.split()[0] for request in hub.requests] == ['HEAD'] * len(hub.requests)
+    else:
+        assert not hub.requests
+
+
+def test_packaged_weights_load_offline(offline_client, expected, cache):
+    assert offline_client.load(NAME, cache_dir=cache).outputs == expected['as it is']
+
+
+def test_cold_cache_offline_says_at_once_that_it_is_offline(offline_client, cache):
+    loaded = offline_client.load(PUBLISHED, cache_dir=cache)
+    assert loaded.error == 'RuntimeError' and loaded.seconds < SECONDS
+    assert REPO in loaded.message and 'HF_HUB_OFFLINE' in loaded.message
+
+
+def test_dead_network_is_an_error_within_seconds(cut_off_client, cache):
+    loaded = cut_off_client.load(PUBLISHED, cache_dir=cache)
+    assert loaded.error == 'RuntimeError' and loaded.seconds < SECONDS
+    assert REPO in loaded.message and 'could not be fetched: ConnectError' in loaded.message
+
+
+def test_silent_network_is_an_error_within_seconds(client, hub, cache):
+    hub.fail('HEAD', 'model.safetensors', 15.0)
+    loaded = client.load(PUBLISHED, cache_dir=cache)
+    assert loaded.error == 'RuntimeError' and loaded.seconds < SECONDS
+    assert 'could not be fetched: ReadTimeout' in loaded.message
+
+
+@pytest.mark.parametrize('status', [401, 404, 503])
+def test_refusal_of_the_hub_is_an_error_at_once(status, client, hub, cache):
+    hub.fail('HEAD', 'model.safetensors', status, times=9)
+    loaded = client.load(PUBLISHED, cache_dir=cache)
+    assert loaded.error == 'RuntimeError' and loaded.seconds < SECONDS
+    assert 'could not be fetched' in loaded.message and str(status) in loaded.message
+
+
+def test_download_cut_half_way_is_finished(client, hub, expected, cache):
+    hub.fail('GET', '/lfs/', Failure.HALF)
+    assert client.load(PUBLISHED, cache_dir=cache).outputs == expected['as it is']
+    assert len(downloads(hub)) == 2
+
+
+# The Hub, the way to it, the cache or the package holds something else than was published
+
+
+@pytest.mark.parametrize('name', [PUBLISHED, f'hf-hub:{REPO}@PIN'])
+@parametrize_damage(DAMAGED)
+def test_other_bytes_at_the_pinned_commit_are_not_downloaded(name, damage, client, hub, pin, cache, mark):
+    hub.repos[REPO].head.files['model.safetensors'] = Blob(damage(WEIGHTS, mark), lfs=True)
+    loaded = client.load(name.replace('PIN', pin), cache_dir=cache)
+    assert loaded.error == 'RuntimeError' and 'does not hold the published model.safetensors' in loaded.message
+    assert not downloads(hub)
+
+
+@parametrize_damage(DAMAGED)
+def test_bytes_other_than_the_hub_announced_are_not_loaded(damage, client, hub, cache, mark):
+    hub.lfs = dict.fromkeys(hub.lfs, damage(WEIGHTS, mark))
+    loaded = client.load(PUBLISHED, cache_dir=cache)
+    assert loaded.error == 'RuntimeError' and downloads(hub)
+
+
+@pytest.fixture
+def cached(client, hub, cache):
+    """The weights in the cache."""
+    client.load(f'hf-hub:{REPO}', cache_dir=cache)
+    (cached,) = cache.glob('*/snapshots/*/model.safetensors')
+    return cached
+
+
+@pytest.mark.parametrize('name', [PUBLISHED, f'hf-hub:{REPO}@PIN'])
+@parametrize_damage(DAMAGED)
+def test_other_bytes_in_the_cache_are_not_loaded(name, damage, client, pin, cache, cached, mark):
+    cached.write_bytes(damage(WEIGHTS, mark))
+    for kwargs in ({}, dict(num_classes=5)):
+        loaded = client.load(name.replace('PIN', pin), cache_dir=cache, **kwargs)
+        assert loaded.error == 'RuntimeError' and 'is not the published file' in loaded.message
+
+
+def test_load_works_again_once_the_file_named_in_the_error_is_deleted(client, expected, cache, cached):
+    cached.write_bytes(flipped(WEIGHTS, None))
+    message = client.load(PUBLISHED, cache_dir=cache).message
+    Path(re.search(r'delete (.+) and try again', message)[1]).unlink()
+    assert client.load(PUBLISHED, cache_dir=cache).outputs == expected['as it is']
+
+
+@parametrize_damage({**DAMAGED, 'no file': None})
+def test_other_bytes_in_the_package_are_not_loaded(damage, client, package, mark):
+    packaged = package / 'weights' / f'{NAME}.safetensors'
+    good = packaged.read_bytes()
+    try:
+        packaged.write_bytes(damage(WEIGHTS, mark)) if damage else packaged.unlink()
+        for kwargs in ({}, dict(num_classes=5), dict(pretrained_cfg=dict(file=packaged, tag='cpu_c10'))):
+            loaded = client.load('sharesnet164_cifar', **kwargs)
+            assert loaded.error == 'RuntimeError' and 'is not the published file' in loaded.message
+            assert 'pip install --force-reinstall' in loaded.message
+    finally:
+        packaged.write_bytes(good)
+
+
+@pytest.mark.parametrize('name', [PUBLISHED, f'hf-hub:{REPO}@PIN'])
+@pytest.mark.parametrize('same_commit', [False, True])
+def test_repository_that_redirects_to_other_bytes_is_refused(name, same_commit, client, hub, pin, cache):
+    files = {**hub.repos[REPO].head.files, 'model.safetensors': Blob(flipped(WEIGHTS, None), lfs=True)}
+    commit = Commit('impostor', files)
+    commit.oid = pin if same_commit else commit.oid
+    hub.repos['impostor/net'] = Repo(False, [commit])
+    hub.renamed[REPO] = 'impostor/net'
+    loaded = client.load(name.replace('PIN', pin), cache_dir=cache)
+    assert loaded.error in ('RuntimeError', 'RevisionNotFoundError')
+    assert not downloads(hub)
+
+
+def test_pinned_weights_have_no_other_file_to_fall_back_to(client, hub, cache, mark):
+    files = hub.repos[REPO].head.files
+    del files['model.safetensors']
+    files['pytorch_model.bin'] = Blob(pickled(b'', mark), lfs=True)
+    loaded = client.load(PUBLISHED, cache_dir=cache)
+    assert loaded.error == 'RuntimeError' and 'EntryNotFoundError' in loaded.message
+    assert not any('.bin' in request for request in hub.requests)
+
+
+# Repositories and revisions that are not pinned are not compared
+
+
+@pytest.fixture
+def other_repo(hub, small):
+    """A repository that no release pins, with the weights of a small net."""
+
+    def create(weights=small.weights):
+        hub.create('me/mine', {'config.json': small.config.encode(), 'model.safetensors': weights})
+        return 'me/mine'
+
+    return create
+
+
+def test_other_repositories_and_revisions_are_not_compared(client, hub, other_repo, cache):
+    repo = other_repo()
+    by_name = client.load(f'hf-hub:{repo}', cache_dir=cache)
+    by_commit = client.load(f'hf-hub:{repo}@{hub.repos[repo].head.oid}', cache_dir=cache)
+    assert by_name.outputs and by_name.outputs == by_commit.outputs
+
+
+@pytest.mark.parametrize('name', [NAME, PUBLISHED])
+def test_own_repository_wins_over_the_source_of_the_tag(name, client, other_repo, cache):
+    repo = other_repo()
+    loaded = client.load(name, cache_dir=cache, pretrained_cfg_overlay=dict(hf_hub_id=repo), **SMALL)
+    assert loaded.outputs and loaded.outputs == client.load(f'hf-hub:{repo}', cache_dir=cache).outputs
+
+
+@pytest.mark.parametrize('kwargs', ADAPTED, ids=ids)
+@parametrize_damage(UNREADABLE | MISFITS)
+def test_unpinned_repository_that_does_not_fit_is_refused(damage, kwargs, client, other_repo, small, cache, mark):
+    repo = other_repo(damage(small.weights, mark))
+    loaded = client.load(f'hf-hub:{repo}', cache_dir=cache, **kwargs)
+    if damage in UNREADABLE.values():
+        assert loaded.error == 'SafetensorError'
+    else:
+        assert loaded.error == 'RuntimeError' and 'nothing was loaded' in loaded.message
