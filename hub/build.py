@@ -102,7 +102,10 @@ def read_path(path, tag):
         if source.is_file() and (path.is_dir() or (weights.parent / 'args.yaml').is_file()):
             files[name] = cut_paths(name, source.read_bytes())
     if tag.startswith('torch7_') and 'source.json' not in files:
-        files['source.json'] = _dump({'source': card.AUTHOR, 'imported with': 'import_torch7.py of timm-sharesnet'})
+        imported = json.loads(files.get('config.json', '{}')).get('torch7', {})  # its file and SHA-256
+        files['source.json'] = _dump(
+            {'source': card.AUTHOR, 'imported with': 'import_torch7.py of timm-sharesnet', **imported}
+        )
     if not folder.PROVENANCE & files.keys():
         files['training.json'] = _dump({'how': 'not recorded'})
     return candidates, files

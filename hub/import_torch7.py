@@ -10,6 +10,7 @@ the exit status is 1, one line says which layer differs, and nothing is written.
 
 import argparse
 import ast
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def main(argv: Optional[List[str]] = None) -> Optional[str]:
         state_dict = load_torch7(args.checkpoint, args.model, **model_kwargs)
         model = timm.create_model(args.model, **model_kwargs)
         model.load_state_dict(state_dict)
-        _write(model, model_kwargs, args.output)
+        _write(model, model_kwargs, args.checkpoint, args.output)
     except Exception as e:
         return f'{parser.prog}: error: ' + ' '.join(str(e).split())
     print(
@@ -58,14 +59,16 @@ def _key_value(text: str) -> Tuple[str, Any]:
         return key, value  # a string needs no quotes
 
 
-def _write(model: Any, model_kwargs: Dict[str, Any], output: Path) -> None:
-    """Write both files beside their place before either is moved there."""
+def _write(model: Any, model_kwargs: Dict[str, Any], checkpoint: Path, output: Path) -> None:
+    """Write both files beside their place before either is moved there. config.json tells which file was imported."""
     folder = output if output.is_dir() else output.parent
     folder.mkdir(parents=True, exist_ok=True)
     tag = model.pretrained_cfg['tag'] if 'torch7' in model.pretrained_cfg['tag'] else 'torch7'
     with TemporaryDirectory(prefix='.import_torch7-', dir=folder) as tmp:
         new = Path(tmp) / 'new'
-        config = dict(pretrained_cfg=dict(tag=tag))  # the default tag may be that of other weights
+        source = dict(file=checkpoint.name, sha256=hashlib.sha256(checkpoint.read_bytes()).hexdigest())
+        # The default tag may be that of other weights. timm ignores keys that it does not know.
+        config = dict(pretrained_cfg=dict(tag=tag), torch7=source)
         save_for_hf(model, str(new), model_config=config, model_args=model_kwargs, safe_serialization=True)
         if output.is_dir():
             for file in new.iterdir():

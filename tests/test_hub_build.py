@@ -1,6 +1,7 @@
 """hub/build.py makes a folder of what train.py or the importer left, or writes nothing at all."""
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -159,7 +160,8 @@ def test_import_becomes_a_folder_with_its_source_in_fp32(build, project, tmp_pat
     import import_torch7
 
     model = timm.create_model('sharesnet34')
-    import_torch7._write(model, {}, tmp_path / 'imported')
+    (tmp_path / 'resnet-34.t7').write_bytes(b'the file of the author')
+    import_torch7._write(model, {}, tmp_path / 'resnet-34.t7', tmp_path / 'imported')
     monkeypatch.setattr(folder, 'TRACKED_BYTES', 50e6)
     name = 'sharesnet34.torch7_in1k'
     code, out, err = run(build, [tmp_path / 'imported', '--model', name], monkeypatch, capsys)
@@ -171,7 +173,9 @@ def test_import_becomes_a_folder_with_its_source_in_fp32(build, project, tmp_pat
     text = (path / 'README.md').read_text()
     assert '| **this model** | not measured | - |  |' in text and '| ResNet-34, shared | 71.75 % | 90.58 % |' in text
     assert 'license: other' in text and 'model-index' not in text
-    assert 'https://github.com/aboulch/sharesnet' in (path / 'source.json').read_text()
+    source = json.loads((path / 'source.json').read_text())
+    assert source['source'] == 'https://github.com/aboulch/sharesnet' and source['file'] == 'resnet-34.t7'
+    assert source['sha256'] == hashlib.sha256(b'the file of the author').hexdigest()
     Image.new('RGB', (300, 250)).save(tmp_path / 'image.png')
     monkeypatch.chdir(tmp_path)
     for code in re.findall(r'```python\n(.*?)\n```', text, re.S):

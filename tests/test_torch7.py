@@ -5,7 +5,9 @@ are skipped where that folder is missing.
 """
 
 import gzip
+import hashlib
 import importlib.util
+import json
 import os
 import pickle
 import re
@@ -708,6 +710,8 @@ def test_command_writes_what_timm_loads(tmp_path: Path, capsys: Any) -> None:
         output = model.double().eval()(torch.from_numpy(io['input']).double())
     assert_close(output, io['output'])
     assert model.pretrained_cfg['tag'] == 'torch7'
+    source = dict(file=checkpoint.name, sha256=hashlib.sha256(checkpoint.read_bytes()).hexdigest())
+    assert json.loads((out / 'config.json').read_text())['torch7'] == source
 
 
 @pytest.mark.parametrize('layers', ['2,1,1', '(2,1,1)', '[2, 1, 1]'])

@@ -33,7 +33,8 @@ def report(when):
     os.write(1, f'weights {when} {os.environ["RANK"]} {digest.hexdigest()}\n'.encode())  # one write: ranks share stdout
 
 
-DistributedDataParallel.__init__ = init_without_devices
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name='__main__')
-report('after')
+if __name__ == '__main__':
+    DistributedDataParallel.__init__ = init_without_devices
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name='__main__')
+    report('after')
