@@ -18,7 +18,16 @@ def run(code, *options, **env):
     return result.stdout.strip(), result.stderr
 
 
-@pytest.mark.parametrize('imports', ['import timm', 'import timm_sharesnet, timm', 'import timm, timm_sharesnet'])
+@pytest.mark.parametrize(
+    'imports',
+    [
+        'import timm',
+        'import timm_sharesnet, timm',
+        'import timm, timm_sharesnet',
+        'from timm_sharesnet import SharedStage; import timm',
+        'from timm_sharesnet import CifarResNetV2, ShaResNet; import timm',
+    ],
+)
 def test_models_are_registered_after(imports):
     assert run(f'{imports}; {CREATE}')[0] == 'ShaResNet'
 
@@ -59,6 +68,24 @@ def test_broken_plugin_leaves_timm_working_and_warns_once(imports, options):
     assert out == 'True'
     assert err.count('RuntimeWarning: timm-sharesnet could not register its models') == 1
     assert 'timm_sharesnet.resnet' in err  # why
+
+
+@pytest.mark.parametrize(
+    'code',
+    [
+        # a stand-in for timm, as builds of documentation have it
+        "import types; sys.modules['timm'] = sys.modules['timm.models'] = types.SimpleNamespace(); import torch",
+        # a finder that Python itself skips
+        "sys.meta_path.insert(0, type('Old', (), {'find_module': lambda *_: None})()); import timm",
+        # a folder of that name that is not timm's
+        'import torch; sys.path.insert(0, sys.argv[1]); import timm.models; assert timm.models.__file__ is None',
+    ],
+    ids=['replaced timm', 'old finder', 'namespace package'],
+)
+def test_imports_that_work_without_the_hook_work_with_it(code, tmp_path):
+    (tmp_path / 'timm' / 'models').mkdir(parents=True)
+    (tmp_path / 'timm' / '__init__.py').touch()
+    assert run(f"import sys; sys.argv = ['', {str(tmp_path)!r}]; {code}; print('ok')")[0] == 'ok'
 
 
 def test_models_are_registered_in_spawned_processes():

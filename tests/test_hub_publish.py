@@ -23,9 +23,10 @@ from PIL import Image
 REPO = f'timm-sharesnet/{NAME}'
 FILES = {'README.md', 'config.json', 'curves.png', 'model.safetensors', 'training.json'}
 WORKER = """
-import json, os, runpy, sys, time, traceback
+import json, os, runpy, signal, sys, time, traceback
 import huggingface_hub.hf_api, huggingface_hub.repocard, PIL.Image, safetensors.torch, timm, torch, yaml
 time.sleep = lambda seconds: None  # huggingface_hub waits up to 8 s before it tries again
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is born deaf to it
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()

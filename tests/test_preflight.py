@@ -22,7 +22,7 @@ CONFIG = {
     'data_dir': 'data',
     'val_split': 'test',
     'num_classes': 10,
-    'batch_size': 128,
+    'batch_size': 8,
     'lr': 0.1,
     'scale': [0.64, 1.0],
     'opt_kwargs': {'fused': True},
@@ -84,8 +84,8 @@ def test_accepts_a_good_config_and_says_what_it_checked(folder, capsys):
 @pytest.mark.parametrize(
     'options',
     [
-        ['-b', '64', '-j', '2', '-vb', '32'],
-        ['--lr=0.2', '--batch-size=64'],
+        ['-b', '4', '-j', '2', '-vb', '32'],
+        ['--lr=0.2', '--batch-size=4'],
         ['--weight-dec', '0.1'],  # argparse takes an unambiguous beginning
         ['--no-aug', '--no-prefetcher', '--amp'],
         ['--torchcompile', '--device', 'cpu'],
@@ -109,7 +109,7 @@ def test_accepts_our_configs_with_the_data_that_they_are_for(tmp_path, monkeypat
     if teacher.startswith('local-dir:'):
         folder = teacher.removeprefix('local-dir:')
         save_for_hf(timm.create_model(Path(folder).name), folder, safe_serialization=True)
-    assert main([str(path), '--dataset', '', '--data-dir', 'data']) == 0
+    assert main([str(path), '--dataset', '', '--data-dir', 'data', '-b', '8']) == 0  # of one image a class
     assert f'model   {config["model"]}: ' in capsys.readouterr().out
 
 
@@ -212,6 +212,16 @@ def test_says_how_it_is_called(folder, capsys):
     )
 
 
+@pytest.mark.parametrize('option', ['-h', '--help'])
+def test_help_is_no_fault(option, capsys):
+    assert main([option]) == 0
+    assert 'python -m timm_sharesnet.preflight CONFIG' in capsys.readouterr().out
+
+
+def test_refuses_a_batch_that_the_images_do_not_fill(folder, capsys):
+    assert refused(capsys, '-b', '1000').startswith('batch_size: 1000, but data/train has ')
+
+
 def test_refuses_a_data_folder_that_is_not_there(folder, capsys):
     assert refused(capsys, '--data-dir', 'elsewhere') == 'data_dir: there is no folder elsewhere.'
     change(data_dir=None)
@@ -280,8 +290,10 @@ def test_torch_dataset_must_be_there_unless_it_is_downloaded(folder, capsys):
     change(dataset='torch/cifar10')
     message = 'data_dir: data has no complete torch/cifar10 (train_split), --dataset-download fetches it.'
     assert refused(capsys) == message
-    assert 'torch/cifar10: 10 classes, downloaded to new' in accepted(capsys, '--dataset-download', '--data-dir', 'new')
+    missing = 'torch/cifar10: 10 classes, not complete in new, train.py will download it'
+    assert missing in accepted(capsys, '--dataset-download', '--data-dir', 'new')
     assert not os.path.exists('new')  # preflight downloads nothing
+    assert refused(capsys, '--dataset-download', '--data-dir', 'c.yaml') == 'data_dir: c.yaml is not a folder.'
 
 
 def test_torch_dataset_that_is_there_is_counted(folder, capsys, monkeypatch):

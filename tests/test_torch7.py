@@ -590,6 +590,7 @@ def damaged(data: bytes) -> Dict[str, bytes]:
         'in_a_number': data[: tensor + 2],
         'in_the_weights': data[: storage + 1000],
         'last_byte_missing': data[:-1],
+        'followed_by_more': data + b'more',
         'huge_storage': data[:storage] + huge + data[storage + 8 :],
         'negative_storage': data[:storage] + struct.pack('<q', -1) + data[storage + 8 :],
         'huge_dimension': data[:tensor] + struct.pack('<i', 2**31 - 1) + data[tensor + 4 :],

@@ -23,7 +23,7 @@ def autoload():
 def install():
     """Register the models now if `timm.models` is imported, otherwise as soon as it is."""
     models = sys.modules.get('timm.models')
-    if models is not None and not getattr(models.__spec__, '_initializing', False):
+    if models is not None and not getattr(getattr(models, '__spec__', None), '_initializing', False):
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
@@ -57,11 +57,15 @@ class _Finder:
         if fullname != 'timm.models':
             return None
         for finder in sys.meta_path:
-            spec = finder.find_spec(fullname, path, target) if finder is not self else None
+            if finder is self or not hasattr(finder, 'find_spec'):  # Python skips those without, too
+                continue
+            spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 break
         else:
             return None
+        if not hasattr(spec.loader, 'exec_module'):  # a folder without __init__.py, which is not timm's
+            return spec
         loader, exec_module = spec.loader, spec.loader.exec_module
 
         def exec_module_and_register(module):

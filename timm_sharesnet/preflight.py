@@ -232,13 +232,15 @@ def _check_torch(args: argparse.Namespace, root: str, splits: Dict[str, str], na
                 f'{args.dataset}, write {"train" if key == "train_split" else "test"}.'
             )
     _check_num_classes(args, num_classes, _TORCH_CLASSES[name], args.dataset)
-    if args.dataset_download:
-        return f'{args.dataset}: {num_classes} classes, downloaded to {root} if it is not there'
+    if os.path.exists(root) and not os.path.isdir(root):
+        raise PreflightError(f'data_dir: {root} is not a folder.')
     sizes = []
     for key, split in splits.items():
         try:
             sizes.append(f'{split} {len(create_dataset(args.dataset, root=root, split=split)):,} images')
         except RuntimeError as e:
+            if args.dataset_download:
+                return f'{args.dataset}: {num_classes} classes, not complete in {root}, train.py will download it'
             raise PreflightError(
                 f'data_dir: {root} has no complete {args.dataset} ({key}), --dataset-download fetches it.'
             ) from e
@@ -263,9 +265,14 @@ def _check_folder(args: argparse.Namespace, root: str, splits: Dict[str, str], n
         if not found[folder]:
             raise PreflightError(f'{key}: there are no images in {folder}.')
     sizes = ', '.join(f'{folder} {sum(classes.values()):,} images' for folder, classes in found.items())
+    train = next(iter(found))
+    if sum(found[train].values()) < args.batch_size:
+        raise PreflightError(
+            f'batch_size: {args.batch_size}, but {train} has {sum(found[train].values())} images: train.py leaves out '
+            f'an incomplete batch and would train on none.'
+        )
     if args.class_map:
         return f'{sizes}, class_map {args.class_map} NOT CHECKED'
-    train = next(iter(found))
     for folder, classes in found.items():
         for name in sorted(classes.keys() ^ found[train].keys()):
             where, lacks = (folder, train) if name in classes else (train, folder)
@@ -393,6 +400,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line, see the module. Returns the exit code, 0 or 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] in (['-h'], ['--help']):
+            print((__doc__ or '').strip())
+            return 0
         if not argv or argv[0].startswith('-'):
             raise PreflightError('usage: python -m timm_sharesnet.preflight CONFIG [options of train.py]')
         print('\n'.join(preflight(argv[0], argv[1:])))

@@ -22,7 +22,7 @@ from typing import Iterable, Optional
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.models import checkpoint
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ['SharedStage', 'SharingBlock']
 
@@ -96,7 +96,7 @@ class SharedStage(nn.Module):
                 else:
                     x = block(x)
             elif self.grad_checkpointing:
-                x = checkpoint(block, x, self.conv)
+                x = checkpoint(block, x, self.conv, use_reentrant=False)
             else:
                 x = block(x, self.conv)
         return x

@@ -169,10 +169,14 @@ def _read(torchfile: ModuleType, path: Path) -> Any:
     if not data:
         hint = "; it may be ascii, save it with torch.save(path, model, 'binary')" if head.startswith(b'4\n') else ''
         raise ValueError(f'{path} is no Torch7 model: expected it to begin with {_MAGIC!r}, found {head!r}{hint}')
+    content = _File(data)
     try:
-        return torchfile.T7Reader(_File(data), use_list_heuristic=False).read_obj()
+        root = torchfile.T7Reader(content, use_list_heuristic=False).read_obj()
     except Exception as e:  # in a damaged file anything can be anywhere
         raise ValueError(f'{path} is truncated or no Torch7 model: {type(e).__name__}: {e}') from e
+    if content.tell() < len(data):
+        raise ValueError(f'{path} is no Torch7 model: {len(data) - content.tell()} bytes follow the end of one')
+    return root
 
 
 def _fields(obj: Any) -> Dict[bytes, Any]:

@@ -189,12 +189,17 @@ def main():
     modes = args.modes or (['eager', 'compiled', 'graphs'] if cuda else ['eager'])
     if 'graphs' in modes and not cuda:
         parser.error('CUDA graphs need a GPU: leave graphs out of --modes.')
+    if cuda and not torch.cuda.is_available():
+        parser.error('there is no CUDA device.')
+    if min(args.rounds, *(args.batch_size or [1])) < 1:
+        parser.error('--rounds and --batch-size must be positive.')
     layouts = args.layout or (['channels_last'] if cuda else ['contiguous'])
     precisions = args.precision or (['bf16'] if cuda else ['fp32'])
     torch._dynamo.config.automatic_dynamic_shapes = False
 
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / '.gitignore').write_text('*\n')
+    if not any(args.output.iterdir()):
+        (args.output / '.gitignore').write_text('*\n')
     results, pooled = [], []
     for phase in args.phases:
         rows = []
