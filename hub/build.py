@@ -99,7 +99,7 @@ def read_path(path, tag):
     files = {}
     for name in ('config.json', *sorted(folder.PROVENANCE)):
         source = weights.parent / name
-        if source.is_file() and (path.is_dir() or (weights.parent / 'args.yaml').is_file()):
+        if source.is_file() and (weights.name == WEIGHTS or path.is_dir() or (weights.parent / 'args.yaml').is_file()):
             files[name] = cut_paths(name, source.read_bytes())
     if tag.startswith('torch7_') and 'source.json' not in files:
         imported = json.loads(files.get('config.json', '{}')).get('torch7', {})  # its file and SHA-256
@@ -107,7 +107,7 @@ def read_path(path, tag):
             {'source': card.AUTHOR, 'imported with': 'import_torch7.py of timm-sharesnet', **imported}
         )
     if not folder.PROVENANCE & files.keys():
-        files['training.json'] = _dump({'how': 'not recorded'})
+        files['training.json'] = _dump(card.NOT_RECORDED)
     return candidates, files
 
 
@@ -141,8 +141,11 @@ def check_origin(files, name):
     for file, found in {'config.json': config.get('architecture'), 'args.yaml': trained}.items():
         if found and found.partition('.')[0] != arch:
             raise Fault(f'{file} says {found}, --model says {arch}')
-    if 'torch7' in str(config.get('pretrained_cfg', {}).get('tag')) and not tag.startswith('torch7_'):
+    imported = 'torch7' in str(config.get('pretrained_cfg', {}).get('tag'))
+    if imported and not tag.startswith('torch7_'):
         raise Fault(f'these weights were imported from Torch7: the tag must start with torch7_, found {tag}')
+    if tag.startswith('torch7_') and not imported:
+        raise Fault(f'{tag} is for weights that hub/import_torch7.py wrote: give its output directory')
 
 
 def cut_paths(name, content):

@@ -11,6 +11,7 @@ from folder import WEIGHTS, split_name
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 NOT_MEASURED = 'not measured'
+NOT_RECORDED = {'how': 'not recorded'}  # training.json where nothing is known
 AUTHOR = 'https://github.com/aboulch/sharesnet'
 PAPER = 'https://doi.org/10.1016/j.patrec.2018.01.006'
 
@@ -211,7 +212,7 @@ def accuracy_rows(name, entry, manifest):
     rows = [_row('**this model**', own and own['top1'], own and own['top5'], how)]
     if net.twin != arch:
         other = manifest.get(f'{net.twin}.{tag}', {}).get('accuracy')
-        how = 'measured in the same way' if other else ''
+        how = f'measured in the same way on {other["images"]:,} images' if other else ''
         rows.append(
             _row(f'its unshared twin `{net.twin}`, same recipe', other and other['top1'], other and other['top5'], how)
         )
@@ -251,8 +252,10 @@ def compose(name, namespace, manifest, pin, facts, training, files):
     """
     arch, tag, dataset = split_name(name)
     entry, net = manifest[name], NETS[arch]
-    if net.twin == arch:
+    if any(other.twin == arch for shared, other in NETS.items() if shared != arch):
         what = f'The unshared twin of a [ShaResNet]({AUTHOR}), a plain residual network to compare with'
+    elif net.twin == arch:
+        what = f'A plain residual network with about as many parameters as a [ShaResNet]({AUTHOR}), to compare with'
     else:
         what = (
             'A ShaResNet: a residual network in which all blocks of a stage use the same 3x3 convolution '
@@ -304,11 +307,12 @@ def compose(name, namespace, manifest, pin, facts, training, files):
         lines += ["Trained by the paper's author in Torch7 and imported without change (`source.json`):", '']
     elif 'args.yaml' in files:
         lines += ["Trained by timm's `train.py`; `args.yaml` has every option, `summary.csv` the epochs:", '']
-    elif 'training.json' in files:
-        lines += ["Not trained by timm's `train.py`; `training.json` tells how, epoch by epoch:", '']
-    else:
+    elif training == NOT_RECORDED:
         lines += ['How these weights were trained was not recorded.', '']
-    if training:
+    else:
+        epochs = ', epoch by epoch' if 'curves.png' in files else ''
+        lines += [f"Not trained by timm's `train.py`; `training.json` tells how{epochs}:", '']
+    if training and training != NOT_RECORDED:
         lines += ['| | |', '| --- | --- |', *(f'| {label} | {_cell(text)} |' for label, text in training.items()), '']
     if entry['picked']:
         lines += [f'Published weights: {entry["picked"]}.', '']
@@ -355,13 +359,16 @@ def card_faults(text, name, manifest, pin):
     lines = set(text.splitlines())
     rows = model_rows(name, entry, pin) + accuracy_rows(name, entry, manifest)
     faults += [f'README.md does not have the row: {row}' for row in rows if row not in lines]
+    labels = tuple(row[: row.index('|', 2) + 1] for row in rows)
+    faults += [f'README.md has a row too many: {row}' for row in sorted(lines - {*rows}) if row.startswith(labels)]
     expected = [entry['accuracy'][k] for k in ('top1', 'top5')] if complete(entry, dataset) else []
     found = [round(100 * result.metric_value, 4) for result in data.eval_results or []]
     if found != expected:
         faults.append(f'README.md: the model-index has the accuracies {found}, the manifest {expected}')
-    for key, value in metadata(name, entry, 'any').to_dict().items():
-        if key != 'model-index' and data.to_dict().get(key) != value:
-            faults.append(f'README.md: {key} of the metadata is {data.to_dict().get(key)} instead of {value}')
+    written, wanted = data.to_dict(), metadata(name, entry, card_namespace(text, name) or 'any').to_dict()
+    for key in sorted(written.keys() | wanted.keys()):
+        if written.get(key) != wanted.get(key):
+            faults.append(f'README.md: {key} of the metadata is {written.get(key)} instead of {wanted.get(key)}')
     return faults
 
 

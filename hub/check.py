@@ -74,11 +74,13 @@ def common_faults(pins):
     return faults
 
 
-def check(path):
+def check(path, sample=True):
     """What is wrong with a folder, a line each."""
     faults = _collect(static_faults, path)
-    if (path / WEIGHTS).is_file() and not any(fault.startswith((WEIGHTS, 'config.json', 'no ')) for fault in faults):
-        faults += _collect(model_faults, path)
+    if (path / WEIGHTS).is_file() and not any(
+        fault.startswith((WEIGHTS, 'config', 'no ', repr(path.name))) for fault in faults
+    ):
+        faults += _collect(model_faults, path, sample)
     return faults
 
 
@@ -186,7 +188,10 @@ def provenance_faults(path, manifest, _pin):
                 continue
             if not cut:
                 faults.append(f'{name} has paths that are not cut to their last part, or is not as build.py writes it')
-    _, points = build.describe_training(path, dict(manifest[path.name]))
+    entry = dict(manifest[path.name])
+    _, points = build.describe_training(path, entry)
+    if entry['seed'] != manifest[path.name]['seed']:
+        faults.append(f'seed: the manifest says {manifest[path.name]["seed"]}, the record {entry["seed"]}')
     curves = path / 'curves.png'
     if curves.is_file():
         with Image.open(curves) as image:
@@ -200,9 +205,8 @@ def card_faults(path, manifest, pin):
     return card.card_faults((path / 'README.md').read_text(encoding='utf-8'), path.name, manifest, pin)
 
 
-def model_faults(path):
+def model_faults(path, sample=True):
     """What is wrong with the loaded model: tensors, counts, preprocessing, predictions."""
-    import timm
     from safetensors.torch import load_file
 
     arch, _, dataset = folder.split_name(path.name)
@@ -215,12 +219,15 @@ def model_faults(path):
     dtypes = {str(tensor.dtype).removeprefix('torch.') for tensor in tensors.values() if tensor.is_floating_point()}
     if dtypes != {entry['dtype']}:
         faults.append(f'{WEIGHTS} is {" and ".join(sorted(dtypes))}, the manifest says {entry["dtype"]}')
+    config = folder.read_json(path / 'config.json')
+    wanted = {'num_classes': dataset.classes, 'in_chans': 3, 'global_pool': 'avg'}
+    if config.get('model_args') != wanted:
+        faults.append(f'config.json has the model_args {config.get("model_args")} instead of {wanted}')
+    for key, value in config['pretrained_cfg'].items():
+        known = reference.pretrained_cfg.get(key)
+        if value != (list(known) if isinstance(known, tuple) else known):
+            faults.append(f'config.json has {key} {value} in pretrained_cfg, the package {known}')
     model = folder.load(path)
-    expected = timm.data.resolve_data_config(model=reference)
-    for key, value in timm.data.resolve_data_config(model=model).items():
-        value = tuple(value) if isinstance(value, list) else value
-        if value != expected[key]:
-            faults.append(f'config.json asks for {key} {value}, the package for {expected[key]}')
     for key, value in folder.measure(model).items():
         if value != entry[key]:
             faults.append(f'{key}: measured {value:,}, the manifest says {entry[key]:,}')
@@ -228,7 +235,7 @@ def model_faults(path):
         faults.append(
             f'parameters: the manifest says {entry["parameters"]:,}, the original {card.NETS[arch].parameters:,}'
         )
-    if dataset.sample:
+    if sample and dataset.sample:
         faults += sample_faults(folder.wrong_in_sample(model, dataset), entry['sample'], dataset)
     return faults
 

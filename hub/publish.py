@@ -41,7 +41,7 @@ def main():
     if args.pin:
         refuse_pin(args.push, namespace, constants.ENDPOINT)
     names = args.names or [name for name in folder.published() if (folder.HUB / name / WEIGHTS).is_file()]
-    faults = [f'{name}: {fault}' for name in names for fault in local_faults(name, namespace)]
+    faults = [f'{name}: {fault}' for name in names for fault in local_faults(name, namespace, args.push)]
     if faults:
         raise Fault(*faults)
     for name in names:
@@ -89,10 +89,10 @@ def write_pin(name, repo_id, oid):
 # Without network
 
 
-def local_faults(name, namespace):
-    """Why a folder may not be published."""
+def local_faults(name, namespace, push):
+    """Why a folder may not be published. Only before a push, the weights are loaded, too."""
     path = folder.HUB / name
-    faults = check.static_faults(path)
+    faults = check.check(path, sample=False) if push else check.static_faults(path)
     if not faults and not (path / WEIGHTS).is_file():
         faults = [f'{WEIGHTS} is not here']
     if not faults:
@@ -150,8 +150,14 @@ def push(api, name, namespace):
         print(f'{repo_id}: {state}', file=sys.stderr)
         raise
     if info.private:
-        with step(f'commit {oid} is there and verified, but private; making it public'):
-            api.update_repo_settings(repo_id, private=False)
+        with step(f'commit {oid} is there and verified; making it public'):
+            error = None
+            try:
+                api.update_repo_settings(repo_id, private=False)
+            except Exception as e:
+                error = e  # it may have been done, and only the answer was lost
+            if api.model_info(repo_id).private:
+                raise error or Fault(f'commit {oid} is there and verified, but the Hub still shows it as private')
     print(f'{repo_id}: {"unchanged, " if oid == info.sha else ""}verified and public at commit {oid}')
     return oid
 

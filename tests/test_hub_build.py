@@ -154,6 +154,24 @@ def pins(project):
     return (project / 'timm_sharesnet' / 'weights.json').read_text()
 
 
+@pytest.mark.parametrize('tag', ['torch7_c10', 'other_c10'])
+def test_origin_of_weights_is_what_their_folder_says(tag, build, project, monkeypatch, capsys):
+    """Also if the path is that of the file: neither can trained weights pass for the author's, nor his for ours."""
+    path = project / 'hub' / NAME
+    if tag == 'other_c10':
+        edit(path / 'config.json', '"tag": "cpu_c10"', '"tag": "torch7"')
+    code, _, err = run(build, [path / 'model.safetensors', '--model', f'sharesnet164_cifar.{tag}'], monkeypatch, capsys)
+    assert code == 1 and len(err) == 1
+    assert 'is for weights that hub/import_torch7.py wrote' in err[0] or 'were imported from Torch7' in err[0]
+
+
+def test_a_folder_s_weights_file_brings_its_provenance(build, project, monkeypatch, capsys):
+    path = project / 'hub' / NAME
+    before = (path / 'training.json').read_bytes()
+    assert run(build, [path / 'model.safetensors', '--model', NAME], monkeypatch, capsys)[0] == 0
+    assert (path / 'training.json').read_bytes() == before and (path / 'curves.png').is_file()
+
+
 def test_import_becomes_a_folder_with_its_source_in_fp32(build, project, tmp_path, monkeypatch, capsys):
     import check
     import folder

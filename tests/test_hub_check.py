@@ -128,6 +128,24 @@ DAMAGE = {
         lambda p: edit(p / 'README.md', 'license: apache-2.0', 'license: mit'),
         'README.md: license of the metadata is mit instead of apache-2.0',
     ),
+    'a second row for the accuracy': (
+        lambda p: edit(
+            p / 'README.md', '| **this model** |', '| **this model** | 99.31 % | - |  |\n| **this model** |'
+        ),
+        'README.md has a row too many: | **this model** | 99.31 % ',
+    ),
+    'another data set in the metadata': (
+        lambda p: edit(p / 'README.md', 'type: uoft-cs/cifar10', 'type: uoft-cs/cifar100'),
+        'README.md: model-index of the metadata is ',
+    ),
+    'an addition to the metadata': (
+        lambda p: edit(p / 'README.md', 'license: apache-2.0', 'license: apache-2.0\nbase_model: foo/bar'),
+        'README.md: base_model of the metadata is foo/bar instead of None',
+    ),
+    'another seed': (
+        damage_json('training.json', lambda d: d.update(seed=7)),
+        'seed: the manifest says 0, the record 7',
+    ),
     'broken metadata': (
         lambda p: edit(p / 'README.md', 'license: apache-2.0', 'license: ['),
         'README.md: the metadata is not valid',
@@ -172,7 +190,7 @@ def test_damage_is_named(check, project, path, monkeypatch, capsys, case):
     damage, message = DAMAGE[case]
     damage(path)
     before = snapshot(project)
-    monkeypatch.setattr(check, 'model_faults', lambda path: [])  # slow, tested below
+    monkeypatch.setattr(check, 'model_faults', lambda *_: [])  # slow, tested below
     code, _, err = run(check, [path], monkeypatch, capsys)
     assert code == 1
     assert any(line.startswith(f'check.py: {NAME}: {message}') or message in line for line in err), err
@@ -204,7 +222,7 @@ def test_wrong_figures_and_preprocessing_are_named(check, path, monkeypatch):
     damage_json('config.json', lambda d: d['pretrained_cfg'].update(mean=[0.5, 0.5, 0.5]))(path)
     assert check.model_faults(path) == [
         'model.safetensors is float32, the manifest says float16',
-        'config.json asks for mean (0.5, 0.5, 0.5), the package for (0.4914, 0.4822, 0.4465)',
+        'config.json has mean [0.5, 0.5, 0.5] in pretrained_cfg, the package (0.4914, 0.4822, 0.4465)',
         'parameters: measured 929,114, the manifest says 1',
         'gmacs: measured 0.2445, the manifest says 9.9',
         'parameters: the manifest says 1, the original 929,114',
@@ -236,7 +254,7 @@ def test_sample_has_1000_images_evenly_of_all_classes(check, dataset):
 
 
 def test_folder_may_lie_anywhere(check, path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(check, 'model_faults', lambda path: [])
+    monkeypatch.setattr(check, 'model_faults', lambda *_: [])
     shutil.move(path, tmp_path / NAME)
     monkeypatch.chdir(tmp_path)
     for argument in (NAME, tmp_path / NAME, f'./{NAME}/'):
@@ -255,7 +273,7 @@ def test_untracked_weights_need_not_be_there(check, path, monkeypatch, capsys):
 
 
 def test_what_the_folders_have_in_common_is_verified(check, project, path, monkeypatch, capsys):
-    monkeypatch.setattr(check, 'model_faults', lambda path: [])
+    monkeypatch.setattr(check, 'model_faults', lambda *_: [])
     flip_last_byte(project / 'timm_sharesnet' / 'weights' / f'{NAME}.safetensors')
     (project / 'timm_sharesnet' / 'weights' / 'x.safetensors').touch()
     (project / 'hub' / 'new.x_c10').mkdir()
