@@ -28,6 +28,9 @@ __all__ = ['ShaBasicBlock', 'ShaBottleneck', 'ShaResNet']  # register_model adds
 class ShaBasicBlock(BasicBlock, SharingBlock):
     """timm's BasicBlock, whose second 3x3 may be the stage's."""
 
+    branch = ('conv1', 'bn1', 'drop_block', 'act1', 'aa', 'conv2', 'bn2', 'se', 'drop_path')
+    plain = BasicBlock
+
     def forward(self, x: torch.Tensor, conv: Optional[torch.Tensor] = None) -> torch.Tensor:
         """timm's forward with `conv2` replaced by `forward_conv2`, see there for `conv`."""
         shortcut = x
@@ -57,6 +60,9 @@ class ShaBasicBlock(BasicBlock, SharingBlock):
 
 class ShaBottleneck(Bottleneck, SharingBlock):
     """timm's Bottleneck, whose 3x3 may be the stage's."""
+
+    branch = ('conv1', 'bn1', 'act1', 'conv2', 'bn2', 'drop_block', 'act2', 'aa', 'conv3', 'bn3', 'se', 'drop_path')
+    plain = Bottleneck
 
     def forward(self, x: torch.Tensor, conv: Optional[torch.Tensor] = None) -> torch.Tensor:
         """timm's forward with `conv2` replaced by `forward_conv2`, see there for `conv`."""

@@ -29,6 +29,7 @@ __all__ = ['PreActBottleneck', 'PreActWideBasic', 'CifarResNetV2']  # register_m
 class PreActBottleneck(SharingBlock):
     """Pre-activation bottleneck block: 1x1, 3x3, 1x1. The stride is the first 1x1's, as in the author's code."""
 
+    branch = ('bn1', 'act1', 'conv1', 'bn2', 'act2', 'drop', 'conv2', 'bn3', 'act3', 'conv3', 'drop_path')
     expansion = 4
 
     def __init__(
@@ -85,6 +86,7 @@ class PreActBottleneck(SharingBlock):
 class PreActWideBasic(SharingBlock):
     """Pre-activation basic block of Wide ResNet: two 3x3, dropout between them. Only the second may be shared."""
 
+    branch = ('bn1', 'act1', 'conv1', 'bn2', 'act2', 'drop', 'conv2', 'drop_path')
     expansion = 1
 
     def __init__(

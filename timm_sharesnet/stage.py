@@ -14,14 +14,21 @@ Letters 2018 - https://doi.org/10.1016/j.patrec.2018.01.006
 Why the convolution is a module of the stage that the blocks get as an argument, and not a module registered in every
 block: each tensor then has exactly one name. Registered in every block it has one name per use, and safetensors refuses
 the file, `ModelEmaV3` decays the weight once per use, and `functional_call` and FSDP2 see several parameters. Passing
-the module rather than its weight keeps hooks, FLOP counters and replacement by name (LoRA, quantization) working.
+the module rather than its weight keeps hooks, FLOP counters and replacement by name (LoRA, parametrization) working.
+
+Tools that rewrite a graph fold the batch norm after a convolution into it. Done once per use of one kernel, that
+computes garbage, so what they trace differs from what runs (`_traced`). What they do to a shared net is then right, but
+the batch norms after the shared convolutions stay: `timm_sharesnet.fold` moves them out of the way, and `unshare` gives
+the plain net to a tool that cannot handle a convolution used several times.
 """
 
-from typing import Iterable, Optional
+from typing import Any, Iterable, Optional, Tuple
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ['SharedStage', 'SharingBlock']
@@ -34,12 +41,26 @@ class SharingBlock(nn.Module):
     `forward_conv2` in place of `conv2`.
     """
 
+    branch: Tuple[str, ...] = ()
+    """Names of the layers of the residual branch in the order in which forward calls them. Some may be None."""
+
+    plain: Optional[type] = None
+    """The block without sharing that it is made of, if it adds nothing to its layers."""
+
+    folded = False
+
     def give_up_conv2(self) -> nn.Conv2d:
         """Remove the block's own 3x3 and return it. From then on the block needs that of its stage."""
         conv: nn.Conv2d = self.conv2  # type: ignore[has-type]
         self.conv2 = None
-        self.conv2_args = (conv.stride, conv.padding, conv.dilation, conv.groups)  # what a weight alone does not tell
+        self.conv2_args = conv_args(conv)  # what a weight alone does not tell
+        self.register_parameter('conv2_bias', None)  # only a folded block has one
         return conv
+
+    def take_conv2(self, conv: nn.Module) -> None:
+        """Give a block that gave up its 3x3 one of its own again."""
+        self.conv2 = conv
+        del self.conv2_args, self.conv2_bias
 
     def forward_conv2(self, x: torch.Tensor, conv: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Apply the block's own 3x3 where it has one, else the stage's: (B, C, H, W) -> (B, C, H, W).
@@ -55,9 +76,65 @@ class SharingBlock(nn.Module):
             assert conv is not None, "the 3x3 of this block is its stage's: call it with that convolution"
             if torch.jit.is_scripting():
                 stride, padding, dilation, groups = self.conv2_args
-                return F.conv2d(x, conv, None, stride, padding, dilation, groups)
-            else:
+                return F.conv2d(x, conv, self.conv2_bias, stride, padding, dilation, groups)
+            elif isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting():
+                return self._traced(x, conv)
+            elif self.conv2_bias is None:
                 return conv(x)
+            elif is_plain(conv):
+                return F.conv2d(x, conv.weight, self.conv2_bias, *conv_args(conv))
+            else:
+                return conv(x) + self.conv2_bias[:, None, None]
+
+    def _traced(self, x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
+        """Apply the stage's convolution in a graph that other tools will rewrite.
+
+        FX: a function call with the stage's weight, which the FX tools fold nothing into, and which the quantizers give
+        a scale per use. Where the module must be called, as one node, which they leave alone.
+
+        torch.export: an operation without effect (`torch.positive`), which the decompositions for ONNX and for
+        devices remove, keeps batch norm and convolution apart for the quantizers (PT2E), which see no modules.
+        """
+        fx = isinstance(x, torch.fx.Proxy)
+        bias = self.conv2_bias
+        if is_plain(conv):
+            x = F.conv2d(x, conv.weight, bias, *conv_args(conv))
+            bias = None
+        elif not fx:
+            x = conv(x)
+        elif type_before_parametrizations(conv) is nn.Conv2d:
+            raise RuntimeError(
+                f'The shared convolution {conv} has a hook, pruning, a parametrization or a bias, and tools that trace '
+                f'with FX would fold and quantize it wrongly. Make it plain first (torch.nn.utils.prune.remove, '
+                f'torch.nn.utils.parametrize.remove_parametrizations), or trace timm_sharesnet.unshare(model).'
+            )
+        else:
+            x = x.tracer.create_proxy('call_module', x.tracer.path_of_module(conv), (x,), {})
+        if bias is not None:
+            x = x + bias[:, None, None]
+        return x if fx or self.folded else torch.positive(x)
+
+
+def conv_args(conv: nn.Conv2d) -> Tuple[Any, ...]:
+    """What `F.conv2d` takes beside input, weight and bias."""
+    return conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+def is_plain(conv: Optional[nn.Module], bias: bool = False) -> bool:
+    """Whether calling a module is nothing but `F.conv2d` with its weight, and with its bias where it may have one."""
+    return (
+        type(conv) is nn.Conv2d
+        and (bias or conv.bias is None)
+        and conv.padding_mode == 'zeros'
+        and 'weight' in conv._parameters  # not computed from other tensors, as pruning and old weight norm do
+        and not has_hooks(conv)
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else happens when a module is called."""
+    names = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+    return any(getattr(module, name) for name in names)
 
 
 class SharedStage(nn.Module):
@@ -100,3 +177,27 @@ class SharedStage(nn.Module):
             else:
                 x = block(x, self.conv)
         return x
+
+    @torch.jit.unused
+    def reparameterize(self) -> None:
+        """Fold the stage's batch norms, in place: timm's name for it, called by `timm.utils.reparameterize_model` and
+        so by `--reparam` of timm's scripts. See `timm_sharesnet.fold`."""
+        from .fold import fold_stage
+
+        fold_stage(self)
+
+    def __prepare_scriptable__(self) -> 'SharedStage':
+        """Called by `torch.jit.script`, which hands the blocks the shared weight and no module.
+
+        Raises:
+            RuntimeError: If the weight alone would not compute what the module does.
+        """
+        if self.conv is not None:
+            args = {block.conv2_args for block in self.blocks if block.conv2 is None}
+            if not is_plain(self.conv) or args != {conv_args(self.conv)}:
+                raise RuntimeError(
+                    f"TorchScript gets of a stage's shared convolution only the weight, and {self.conv} is not the "
+                    f'convolution without bias, hooks and parametrization that the stage was built with. Merge what '
+                    f'was added to it, or script timm_sharesnet.unshare(model).'
+                )
+        return self
