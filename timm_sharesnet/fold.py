@@ -2,8 +2,8 @@
 
 Every runtime folds a batch norm into the convolution before it. Where blocks share a convolution, that takes a copy of
 the kernel for each of its uses, and what sharing saved is lost. `fold` leaves nothing that could be folded into a
-shared kernel. In evaluation a batch norm computes `s z + c`, with `s = weight / sqrt(running_var + eps)` and `c = bias -
-s * running_mean`, where `z = W * h` is what the layer before it gives. It becomes, by that layer,
+shared kernel. In evaluation a batch norm computes `s z + c`, where `z = W * h` is what the layer before it gives,
+`s = weight / sqrt(running_var + eps)` and `c = bias - s * running_mean`. It becomes, by that layer,
 
   * a convolution of the block's own (`conv1`, `conv3`, a strided `conv2`, a shortcut's, the stem's): part of it, with
     the kernel `s W` and the bias `c`, as usual.
@@ -157,7 +157,7 @@ def _depthwise(weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
     return conv.eval()
 
 
-def _take_form(block: nn.Module, state_dict: Dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+def _take_form(block: SharingBlock, state_dict: Dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
     """Give a folded block the form of the state dict that it is about to load: a bias, or a depthwise convolution."""
     norm = block.branch[block.branch.index('conv2') + 1]
     bias, weight = state_dict.get(f'{prefix}conv2_bias'), state_dict.get(f'{prefix}{norm}.weight')
