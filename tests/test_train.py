@@ -28,6 +28,8 @@ from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
+from timm_sharesnet.export import inspect
+
 ROOT = Path(__file__).parents[1]
 TIMM_REPO = Path(os.environ.get('TIMM_REPO') or ROOT.parent / 'pytorch-image-models')
 SCRIPTS = ['train.py', 'validate.py', 'inference.py', 'onnx_export.py', 'benchmark.py']
@@ -225,3 +227,23 @@ def test_other_scripts_give_what_the_model_gives(folder, checkpoint):
     benchmark = json.loads((folder / 'benchmark.json').read_text())
     assert benchmark['param_count'] == round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
     assert benchmark['infer_samples_per_sec'] > 0 and benchmark['train_samples_per_sec'] > 0
+
+
+@pytest.mark.parametrize(
+    'checkpoint',
+    [n if n == 'sharesnet34' else pytest.param(n, marks=pytest.mark.slow) for n in SHARED],
+    indirect=True,
+)
+def test_reparam_gives_the_same_net_with_each_shared_kernel_once(folder, checkpoint):
+    name, model, path = checkpoint
+    size = ['--img-size', min(64, model.pretrained_cfg['input_size'][-1])]
+    assert validate(folder, name, path, *size, '--reparam') == validate(folder, name, path, *size)
+
+    same = ['--model', name, '--num-classes', CLASSES, *size]
+    run(folder, 'onnx_export.py', 'model.onnx', *same, '--checkpoint', path, '--dynamo', '--reparam')
+    kernels = sum(isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3) for m in model.modules())
+    assert inspect(folder / 'model.onnx').kernels == kernels < inspect(folder / 'model.onnx').uses
+
+    options = [*same, '--device', 'cpu', '-b', 2, '--num-warm-iter', 1, '--num-bench-iter', 5, '--bench', 'infer']
+    run(folder, 'benchmark.py', *options, '--reparam', '--results-file', 'benchmark.json', '--results-format', 'json')
+    assert json.loads((folder / 'benchmark.json').read_text())['infer_samples_per_sec'] > 0

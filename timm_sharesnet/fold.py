@@ -36,7 +36,7 @@ from .stage import SharedStage, SharingBlock, conv_args, has_hooks, is_plain
 
 __all__ = ['fold']
 
-MAX_SHIFT = 1e4
+MAX_SHIFT = 1e3
 """Largest shift of a folded use. fp16 ends at 65,504, and an int8 file has biases of 32 bits."""
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
@@ -72,13 +72,20 @@ def fold(model: nn.Module) -> nn.Module:
     training = next((name or 'the model' for name, m in model.named_modules() if m.training), None)
     if training:
         raise ValueError(f'{training} is in training mode, where batch norm cannot be folded: call model.eval() first.')
-    if not any(isinstance(m, SharedStage) or branch_of(m) for m in model.modules()):
-        raise TypeError(f'{type(model).__name__} has no blocks of timm_sharesnet or of timm.models.ResNet to fold.')
+    if not any(isinstance(m, SharedStage) or _is_plain_block(m) for m in model.modules()):
+        raise TypeError(f'{type(model).__name__} has no stage of timm_sharesnet and no block of timm.models.ResNet.')
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError('The model is on the meta device and has no values to fold: load its weights first.')
+    for m in model.modules():
+        if isinstance(m, SharedStage):
+            _check(m)
     model = reparameterize_model(model)
+    if isinstance(model, SharedStage):  # it calls children only
+        model.reparameterize()
     for m in model.modules():
         if isinstance(m, (ResNet, FeatureListNet)) and 'bn1' in m._modules:
             _fold_stem(m)
-        elif branch_of(m) and not isinstance(m, SharingBlock):  # the stages did theirs
+        elif _is_plain_block(m):  # the stages did theirs
             _fold_block(m, None)
     _fold_sequentials(model)
     return model
@@ -91,28 +98,33 @@ def branch_of(block: nn.Module) -> Tuple[str, ...]:
     return next((kind.branch for kind in SharingBlock.__subclasses__() if kind.plain is type(block)), ())
 
 
+def _is_plain_block(m: nn.Module) -> bool:
+    return bool(branch_of(m)) and not isinstance(m, SharingBlock)
+
+
 def fold_stage(stage: SharedStage) -> None:
     """Fold the batch norms of a stage, in place.
 
     Raises:
         ValueError: If something was added to the shared convolution (LoRA, pruning, a bias, a hook).
     """
-    if stage.conv is not None and not is_plain(stage.conv):
-        raise ValueError(
-            f'The shared convolution {stage.conv} is not a plain one (no bias, hook, parametrization or pruning) and '
-            f'cannot be folded: merge or remove what was added to it first.'
-        )
+    _check(stage)
     for block in stage.blocks:
         _fold_block(block, stage.conv)
     _fold_sequentials(stage)
 
 
+def _check(stage: SharedStage) -> None:
+    if stage.conv is not None and not is_plain(stage.conv):
+        raise ValueError(
+            f'The shared convolution {stage.conv} has a hook, pruning, a parametrization, a bias or something else '
+            f'that a plain convolution has not, and cannot be folded: merge or remove it first.'
+        )
+
+
 def _fold_block(block: nn.Module, shared: Optional[nn.Conv2d]) -> None:
-    layers = {name: getattr(block, name) for name in branch_of(block)}
-    uses_shared = layers['conv2'] is None
-    if uses_shared:
-        layers['conv2'] = shared
-    names = [name for name, layer in layers.items() if layer is not None and not isinstance(layer, _NOTHING)]
+    uses_shared = block.conv2 is None
+    names = [name for name in branch_of(block) if name == 'conv2' or not _does_nothing(getattr(block, name))]
     for conv_name, norm_name in itertools.pairwise(names):
         if not (uses_shared and conv_name == 'conv2'):
             _fold_pair(block, conv_name, block, norm_name)
@@ -126,11 +138,15 @@ def _fold_block(block: nn.Module, shared: Optional[nn.Conv2d]) -> None:
             block.register_load_state_dict_pre_hook(_take_form)
 
 
+def _does_nothing(layer: Optional[nn.Module]) -> bool:
+    return layer is None or isinstance(layer, _NOTHING) and not has_hooks(layer)
+
+
 def _fold_use(block: nn.Module, shared: nn.Conv2d, names: List[str], scale: torch.Tensor, shift: torch.Tensor) -> None:
     """Fold the batch norm after a use of the shared convolution: names[0], of the layers after that."""
     norm = names[0]
     movable = False
-    if len(names) > 2 and type(getattr(block, names[1])) is nn.ReLU and _is_pointwise(getattr(block, names[2])):
+    if len(names) > 2 and _is_relu(getattr(block, names[1])) and _is_pointwise(getattr(block, names[2])):
         movable = bool(((scale > 0) & (shift.abs() <= MAX_SHIFT * scale) | (scale == 0)).all())
         conv = getattr(block, names[2])
         scale, moved = (torch.ones_like(scale), scale) if movable else (scale, torch.ones_like(scale))
@@ -144,6 +160,10 @@ def _fold_use(block: nn.Module, shared: nn.Conv2d, names: List[str], scale: torc
         _remove(block, norm)
     else:
         setattr(block, norm, _depthwise(scale.to(shared.weight), shift.to(shared.weight)))
+
+
+def _is_relu(act: nn.Module) -> bool:
+    return type(act) is nn.ReLU and not has_hooks(act)
 
 
 def _is_pointwise(conv: nn.Module) -> bool:

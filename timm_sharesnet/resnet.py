@@ -29,6 +29,7 @@ class ShaBasicBlock(BasicBlock, SharingBlock):
     """timm's BasicBlock, whose second 3x3 may be the stage's."""
 
     branch = ('conv1', 'bn1', 'drop_block', 'act1', 'aa', 'conv2', 'bn2', 'se', 'drop_path')
+    after = ('act2',)
     plain = BasicBlock
 
     def forward(self, x: torch.Tensor, conv: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -62,6 +63,7 @@ class ShaBottleneck(Bottleneck, SharingBlock):
     """timm's Bottleneck, whose 3x3 may be the stage's."""
 
     branch = ('conv1', 'bn1', 'act1', 'conv2', 'bn2', 'drop_block', 'act2', 'aa', 'conv3', 'bn3', 'se', 'drop_path')
+    after = ('act3',)
     plain = Bottleneck
 
     def forward(self, x: torch.Tensor, conv: Optional[torch.Tensor] = None) -> torch.Tensor:

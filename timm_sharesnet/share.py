@@ -6,6 +6,7 @@ import torch.nn as nn
 from timm.models import is_model
 from timm.models.resnet import ResNet
 
+from .resnet import ShaResNet
 from .stage import SharedStage, SharingBlock
 
 __all__ = ['unshare']
@@ -43,12 +44,13 @@ def unshare(model: nn.Module) -> nn.Module:
         stages = {name: child for name, child in m.named_children() if isinstance(child, SharedStage)}
         for name, stage in stages.items():
             setattr(m, name, _plain_stage(stage))
-        if isinstance(m, ResNet):
+        if type(m) is ShaResNet:
             m.grad_checkpointing = any(stage.grad_checkpointing for stage in stages.values())
             m.__class__ = ResNet  # it adds no attribute to timm's, and so everything done to the model stays
-        for cfg in getattr(m, 'pretrained_cfg', None), getattr(m, 'default_cfg', None):
-            if isinstance(cfg, dict):
-                _name_twin(cfg)
+        if stages:
+            for cfg in getattr(m, 'pretrained_cfg', None), getattr(m, 'default_cfg', None):
+                if isinstance(cfg, dict):
+                    _name_twin(cfg)
     return model
 
 
@@ -66,8 +68,9 @@ def _plain_stage(stage: SharedStage) -> nn.Module:
 
 
 def _name_twin(cfg: dict) -> None:
-    twin = cfg.get('architecture', '').replace('sha', '', 1)  # sharesnet50 -> resnet50, shawrn40_4 -> wrn40_4
-    if is_model(twin):
+    name = cfg.get('architecture', '')
+    twin = name.removeprefix('sha')  # sharesnet50 -> resnet50, shawrn40_4 -> wrn40_4
+    if twin != name and is_model(twin):
         cfg['architecture'] = twin
         for key in _SOURCES:
             cfg.pop(key, None)

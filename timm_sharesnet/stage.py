@@ -44,6 +44,9 @@ class SharingBlock(nn.Module):
     branch: Tuple[str, ...] = ()
     """Names of the layers of the residual branch in the order in which forward calls them. Some may be None."""
 
+    after: Tuple[str, ...] = ()
+    """Names of the layers after the addition of the shortcut."""
+
     plain: Optional[type] = None
     """The block without sharing that it is made of, if it adds nothing to its layers."""
 
@@ -92,8 +95,8 @@ class SharingBlock(nn.Module):
         FX: a function call with the stage's weight, which the FX tools fold nothing into, and which the quantizers give
         a scale per use. Where the module must be called, as one node, which they leave alone.
 
-        torch.export: an operation without effect (`torch.positive`), which the decompositions for ONNX and for
-        devices remove, keeps batch norm and convolution apart for the quantizers (PT2E), which see no modules.
+        torch.export: an operation without effect keeps batch norm and convolution apart for the quantizers (PT2E) and
+        delegates (XNNPACK), which see no modules. ONNX files do not have it.
         """
         fx = isinstance(x, torch.fx.Proxy)
         bias = self.conv2_bias
@@ -112,7 +115,7 @@ class SharingBlock(nn.Module):
             x = x.tracer.create_proxy('call_module', x.tracer.path_of_module(conv), (x,), {})
         if bias is not None:
             x = x + bias[:, None, None]
-        return x if fx or self.folded else torch.positive(x)
+        return x if fx or self.folded else torch.ops.aten.alias(x)
 
 
 def conv_args(conv: nn.Conv2d) -> Tuple[Any, ...]:
@@ -132,9 +135,9 @@ def is_plain(conv: Optional[nn.Module], bias: bool = False) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something else happens when a module is called."""
+    """Whether something else happens when a module is called than its class says."""
     names = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
-    return any(getattr(module, name) for name in names)
+    return 'forward' in module.__dict__ or any(getattr(module, name) for name in names)
 
 
 class SharedStage(nn.Module):

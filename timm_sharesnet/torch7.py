@@ -29,8 +29,9 @@ import torch
 import torch.nn as nn
 from timm.layers import to_2tuple
 
-from .resnet import ShaBasicBlock, ShaBottleneck, ShaResNet
-from .resnetv2 import CifarResNetV2, PreActBottleneck, PreActWideBasic
+from .resnet import ShaResNet
+from .resnetv2 import CifarResNetV2, PreActBottleneck
+from .stage import SharingBlock
 
 __all__ = ['load_torch7']
 
@@ -38,12 +39,6 @@ __all__ = ['load_torch7']
 _NET = {
     ShaResNet: 'conv1 bn1 act1 maxpool layer1 layer2 layer3 layer4 global_pool view fc',
     CifarResNetV2: 'conv1 layer1 layer2 layer3 norm act global_pool view fc',
-}
-_BRANCH = {
-    ShaBasicBlock: 'conv1 bn1 act1 conv2 bn2',
-    ShaBottleneck: 'conv1 bn1 act1 conv2 bn2 act2 conv3 bn3',
-    PreActBottleneck: 'bn1 act1 conv1 bn2 act2 drop conv2 bn3 act3 conv3',
-    PreActWideBasic: 'bn1 act1 conv1 bn2 act2 drop conv2',
 }
 
 _MAGIC = b'\x04\0\0\0'  # a file begins with the type of its value, 4 for an object
@@ -225,11 +220,12 @@ def _tree(model: Any) -> _Node:
             return leaf(f'{stage}.conv', user=name)
         return leaf(f'{name}.{part}')
 
-    def block_node(name: str, block: nn.Module, stage: str) -> _Node:
+    def block_node(name: str, block: SharingBlock, stage: str) -> _Node:
         preact = isinstance(model, CifarResNetV2)
         first: List[_Node] = []
-        branch = [branch_node(name, part, stage) for part in _BRANCH[type(block)].split()]
-        last = [] if preact else [leaf(f'{name}.act2' if isinstance(block, ShaBasicBlock) else f'{name}.act3')]
+        parts = [part for part in block.branch if part.rstrip('123') in ('conv', 'bn', 'act', 'drop')]  # the author's
+        branch = [branch_node(name, part, stage) for part in parts]
+        last = [leaf(f'{name}.{part}') for part in block.after]
         downsample = f'{name}.downsample'
         if block.downsample is None:
             shortcut = _Node(downsample, 'nn.Identity')

@@ -1,0 +1,234 @@
+"""Memory and latency of deployed nets in ONNX Runtime and OpenVINO, each against its folded unshared twin. Run by hand:
+
+    python tests/benchmarks/deploy.py sharesnet34 sharesnet50
+    python tests/benchmarks/deploy.py sharesnet152 --precisions fp32 --batch-sizes    (memory only)
+
+Three forms of each net, with batch norms that are not trivial (`tests/models.py`): `exported` as it is, as any exporter
+does it, `folded` by `timm_sharesnet.fold`, and the `twin`, unshared and folded by the same function. int8 is calibrated
+with random images, so its latency and memory mean something here, and its accuracy nothing.
+
+Memory is the growth of a fresh process, MiB, the median of several: `loaded` by the session, with what the allocator
+keeps of what was freed while it was made; `held` by the session alone (after `malloc_trim`); `peak`, with three
+inferences; `held_unpacked`, held with `session.disable_prepacking`. OpenVINO is used as in its guide, read_model and
+compile_model, and computes in fp32. Latency (BATCHxTHREADS): the forms run in turns, and each turn gives a ratio to the
+twin; the medians are kept. It means something only if nothing else runs.
+
+Rows of these nets are replaced in tests/benchmarks/results/deploy-MACHINE-VERSIONS.csv, others stay; the picture
+hub/deploy.svg is drawn from all rows. Needs the extra `timm-sharesnet[bench]`.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import onnxruntime
+import openvino
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from models import SHARED, create  # noqa: E402
+
+from timm_sharesnet import fold, unshare  # noqa: E402
+from timm_sharesnet.export import export_onnx, inspect, open_session, quantize, run, session_memory  # noqa: E402
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+RESULTS = Path(__file__).with_name('results')
+PICTURE = Path(__file__).parents[2] / 'hub' / 'deploy.svg'
+FORMS = {'exported': 'as it is', 'folded': 'folded', 'twin': 'unshared twin'}
+LABELS = ['net', 'precision', 'runtime', 'form']
+COLOURS = {'exported': '#b0b0bc', 'folded': '#c44e52', 'twin': '#4c72b0'}
+
+OPENVINO = """
+import ctypes, json, re, sys
+import numpy, openvino
+
+def rss(key='VmRSS'):
+    return int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024
+
+core = openvino.Core()
+before = rss()
+model = core.read_model(sys.argv[1])
+compiled = core.compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+loaded = rss()
+ctypes.CDLL(None).malloc_trim(0)
+held = rss()
+images = numpy.zeros([1, *(d.get_length() for d in list(model.inputs[0].partial_shape)[1:])], 'float32')
+for _ in range(3):
+    compiled(images)
+print(json.dumps([loaded - before, held - before, rss('VmHWM') - before]))
+"""
+
+
+def openvino_memory(path):
+    result = subprocess.run([sys.executable, '-c', OPENVINO, path], capture_output=True, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+def ort_runner(path, threads):
+    session = open_session(path, intra_op_num_threads=threads)
+    return lambda images: run(session, images)
+
+
+def openvino_runner(path, threads):
+    config = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': threads, 'NUM_STREAMS': 1}
+    compiled = openvino.Core().compile_model(path, 'CPU', config)
+    return lambda images: compiled(images)[0]
+
+
+RUNTIMES = {'onnxruntime': (session_memory, ort_runner), 'openvino': (openvino_memory, openvino_runner)}
+
+
+def write_files(name, precisions, folder):
+    """Files of the three forms: (form, precision) -> path."""
+    model = create(name)
+    size = model.pretrained_cfg['input_size']
+    images = np.random.default_rng(0).standard_normal((8, *size), 'float32')
+    paths = {}
+    for form, net in (('exported', model), ('folded', fold(model)), ('twin', fold(unshare(model)))):
+        paths[form, 'fp32'] = str(folder / f'{form}.onnx')
+        export_onnx(net, paths[form, 'fp32'], size)
+        if 'int8' in precisions:
+            paths[form, 'int8'] = str(folder / f'{form}_int8.onnx')
+            quantize(paths[form, 'fp32'], paths[form, 'int8'], images[:, None])
+    return paths, size
+
+
+def measure_latency(paths, make_runner, images, threads, turns):
+    """Median time of each form, ms, and median ratio to the twin."""
+    runners = {form: make_runner(path, threads) for form, path in paths.items()}
+    times = {form: [] for form in runners}
+    for turn in range(turns + 2):
+        for form in list(runners)[:: 1 if turn % 2 else -1]:
+            start = time.perf_counter()
+            runners[form](images)
+            if turn > 1:  # the first two warm up
+                times[form].append(time.perf_counter() - start)
+    ratios = {f: statistics.median(np.divide(t, times['twin'])) for f, t in times.items()}
+    return {form: (1000 * statistics.median(t), ratios[form]) for form, t in times.items()}
+
+
+def measure(name, args, folder):
+    """The rows of a net."""
+    paths, size = write_files(name, args.precisions, folder)
+    rows = []
+    for precision, runtime in itertools.product(args.precisions, args.runtimes):
+        measure_memory, make_runner = RUNTIMES[runtime]
+        files = {form: paths[form, precision] for form in FORMS}
+        new = {}
+        for form, path in files.items():
+            contents = inspect(path)
+            memory = zip(*(measure_memory(path) for _ in range(args.processes)), strict=True)
+            loaded, held, peak = (round(statistics.median(values), 1) for values in memory)
+            new[form] = {
+                **dict(zip(LABELS, (name, precision, runtime, form), strict=True)),
+                'file_mb': round(contents.bytes / 1e6, 2),
+                'kernels': contents.kernels if runtime == 'onnxruntime' else '',
+                'uses': contents.uses if runtime == 'onnxruntime' else '',
+                'weights_mb': round(contents.weight_bytes / 1e6, 2) if runtime == 'onnxruntime' else '',
+                'loaded_mib': loaded,
+                'held_mib': held,
+                'peak_mib': peak,
+            }
+            if (precision, runtime) == ('int8', 'onnxruntime'):  # packs the kernel again for each use
+                new[form]['held_unpacked_mib'] = round(
+                    session_memory(path, {'session.disable_prepacking': '1'}).held, 1
+                )
+        for batch_size, threads in itertools.product(args.batch_sizes, args.threads):
+            images = np.random.default_rng(0).standard_normal((batch_size, *size), 'float32')
+            latency = measure_latency(files, make_runner, images, threads, args.turns)
+            for form, (ms, ratio) in latency.items():
+                new[form] |= {
+                    f'ms_{batch_size}x{threads}': f'{ms:.2f}',
+                    f'ratio_{batch_size}x{threads}': f'{ratio:.3f}',
+                }
+        rows += new.values()
+        for row in new.values():
+            print(*(f'{k} {v}' for k, v in row.items() if v != ''), sep=', ', flush=True)
+    return rows
+
+
+def results_file():
+    cpu = next((m[1] for m in re.finditer(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())), '')
+    machine = '-'.join(re.findall(r'\w+', cpu or platform.machine()))
+    versions = f'ort{onnxruntime.__version__}-ov{openvino.__version__.split("-")[0]}-torch{torch.__version__}'
+    return RESULTS / f'deploy-{machine}-{versions}.csv'
+
+
+def update(path, rows):
+    """Put rows into a CSV in place of those of the same cases."""
+    old = list(csv.DictReader(path.open())) if path.exists() else []
+    new = {tuple(row[k] for k in LABELS) for row in rows}
+    rows = [row for row in old if tuple(row[k] for k in LABELS) not in new] + rows
+    rows.sort(key=lambda row: SHARED.index(row['net']))
+    columns = dict.fromkeys(itertools.chain.from_iterable(rows))
+    with path.open('w', newline='') as f:
+        writer = csv.DictWriter(f, list(columns), restval='')
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def draw(rows):
+    """Memory that a session holds, fp32, a panel a runtime."""
+    rows = [row for row in rows if row['precision'] == 'fp32']
+    runtimes = {'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO'}
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout='constrained')
+    for panel, (runtime, title) in zip(panels, runtimes.items(), strict=True):
+        held = {(r['net'], r['form']): float(r['held_mib']) for r in rows if r['runtime'] == runtime}
+        nets = [net for net in SHARED if (net, 'folded') in held]
+        for i, (form, label) in enumerate(FORMS.items()):
+            bars = panel.barh(
+                [y + 0.27 * (i - 1) for y in range(len(nets))],
+                [held[net, form] for net in nets],
+                0.25,
+                label=label,
+                color=COLOURS[form],
+            )
+            panel.bar_label(bars, fmt='%.0f', fontsize=7, padding=2)
+        panel.set(title=title, xlabel='memory that a session holds, MiB', yticks=range(len(nets)), yticklabels=nets)
+        panel.spines[['top', 'right']].set_visible(False)
+        panel.invert_yaxis()
+    panels[0].invert_yaxis()  # the axis is shared: once is enough
+    panels[1].legend(frameon=False)
+    matplotlib.rcParams['svg.hashsalt'] = 'deploy'
+    figure.savefig(PICTURE, metadata={'Date': None})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('nets', nargs='*', metavar='NET', help='all seven by default')
+    parser.add_argument('--precisions', nargs='*', default=['fp32', 'int8'], choices=['fp32', 'int8'])
+    parser.add_argument('--runtimes', nargs='*', default=list(RUNTIMES), choices=list(RUNTIMES))
+    parser.add_argument('--batch-sizes', nargs='*', type=int, default=[1, 8], help='of the latency; none: memory only')
+    parser.add_argument('--threads', nargs='*', type=int, default=[1, 2])
+    parser.add_argument('--turns', type=int, default=15)
+    parser.add_argument('--processes', type=int, default=5, help='that measure memory')
+    args = parser.parse_args()
+    unknown = set(args.nets) - set(SHARED)
+    if unknown:
+        parser.error(f'unknown net {", ".join(sorted(unknown))}, choose from {", ".join(SHARED)}')
+    RESULTS.mkdir(exist_ok=True)
+    for name in args.nets or SHARED:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = update(results_file(), measure(name, args, Path(folder)))
+        draw(rows)
+
+
+if __name__ == '__main__':
+    import logging
+
+    logging.disable()
+    main()

@@ -1,0 +1,742 @@
+"""Folding: the same function without batch norms, each shared kernel once."""
+
+import copy
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.utils.parametrize as parametrize
+import torch.nn.utils.prune as prune
+from models import SMALL, create, images, small, unshared
+from safetensors.torch import load_file, save_file
+from timm.layers import BlurPool2d, convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.utils import reparameterize_model
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from timm_sharesnet import SharedStage, SharingBlock, fold
+from timm_sharesnet.fold import MAX_SHIFT
+
+kinds = pytest.mark.parametrize('kind', SMALL)
+nets = pytest.mark.parametrize('net', [small, lambda kind: unshared(small(kind))], ids=['shared', 'twin'])
+
+NORMS = nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape
+    return ((found - expected).abs().max() / expected.abs().max()).item()  # NaN compares as too large
+
+
+def assert_equal_outputs(folded: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
+    assert x.dtype == torch.double
+    assert error(folded(x), model(x)) <= 1e-12
+
+
+def norms(model: nn.Module) -> List[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, NORMS)]
+
+
+def uses(model: nn.Module) -> List[SharingBlock]:
+    """The blocks that use the convolution of their stage."""
+    return [m for m in model.modules() if isinstance(m, SharingBlock) and m.conv2 is None]
+
+
+def norm_name(block: SharingBlock) -> str:
+    """Name of the layer that follows the 3x3."""
+    return block.branch[block.branch.index('conv2') + 1]
+
+
+def form(block: SharingBlock) -> str:
+    """What the batch norm after a use of the shared convolution became."""
+    norm = getattr(block, norm_name(block))
+    if block.conv2_bias is not None:
+        assert isinstance(norm, nn.Identity)
+        return 'bias'
+    if isinstance(norm, nn.Conv2d):
+        assert norm.kernel_size == (1, 1) and norm.groups == norm.in_channels == norm.out_channels
+        return 'depthwise'
+    return 'norm' if isinstance(norm, NORMS) else 'nothing'
+
+
+# ---- The same function
+
+
+@kinds
+@nets
+def test_folded_net_computes_the_same(kind: str, net: Callable) -> None:
+    model = net(kind).double()
+    assert_equal_outputs(fold(model), model, images(model))
+
+
+@kinds
+@nets
+def test_folded_net_gives_the_same_features(kind: str, net: Callable) -> None:
+    model = net(kind).double()
+    folded, x = fold(model), images(model)
+    assert error(folded.forward_features(x), model.forward_features(x)) <= 1e-12
+    found, expected = (net.forward_intermediates(x, intermediates_only=True) for net in (folded, model))
+    assert len(found) == len(expected) > 3
+    assert max(map(error, found, expected)) <= 1e-12
+
+
+Channels = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+MIXTURE = torch.tensor([1, -1, 0, -0.0, 1e-30, -1e-8, 1e-4, 1e-310, -10], dtype=torch.double)
+# What is made of a batch norm's weights w, given a random number per channel, r
+HARD: Dict[str, Channels] = {
+    'negative': lambda w, r: -w,
+    'some negative': lambda w, r: torch.where(r < 0.2, -w, w),
+    'zero': lambda w, r: 0 * w,
+    'some zero': lambda w, r: torch.where(r < 0.5, 0, w),
+    'near zero': lambda w, r: torch.where(r < 0.5, 1e-8 * w, w),
+    'all near zero': lambda w, r: 1e-8 * w,
+    'tiny': lambda w, r: torch.where(r < 0.5, 1e-30 * w, w),
+    'denormal': lambda w, r: torch.where(r < 0.5, torch.finfo(w.dtype).smallest_normal / 1000, w),
+    'mixture': lambda w, r: w * MIXTURE.to(w.dtype)[(r * len(MIXTURE)).long()],
+}
+
+
+def harden(model: nn.Module, channels: Channels) -> nn.Module:
+    """Change the weights of the batch norms around each 3x3 that is or could be shared."""
+    torch.manual_seed(2)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.weight.copy_(channels(m.weight, torch.rand(len(m.weight))))
+    return model
+
+
+@kinds
+@nets
+@pytest.mark.parametrize('scales', HARD)
+def test_scales_of_any_sign_and_size_fold_exactly(kind: str, net: Callable, scales: str) -> None:
+    model = harden(net(kind).double(), HARD[scales])
+    assert_equal_outputs(fold(model), model, images(model))
+
+
+@kinds
+@nets
+@pytest.mark.parametrize('shift', [-1e6, -50, 50, 1e6])
+def test_biases_far_from_zero_fold_exactly(kind: str, net: Callable, shift: float) -> None:
+    model = net(kind).double()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.bias.add_(shift)
+    assert_equal_outputs(fold(model), model, images(model))
+
+
+@kinds
+@pytest.mark.parametrize('scales', HARD)
+def test_folded_net_loses_nothing_in_single_precision(kind: str, scales: str) -> None:
+    model = harden(small(kind), HARD[scales])
+    x = images(model)
+    assert error(fold(model)(x), model(x)) <= 1e-5
+
+
+SHRINK = 0.3 / MAX_SHIFT  # scales that just move: shifts of up to the bound, kernels as small as they can become
+
+
+@kinds
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('scales', ['moved', 'near zero', 'some negative'])
+def test_folded_net_is_as_accurate_as_the_net_in_half_precision(kind: str, dtype: torch.dtype, scales: str) -> None:
+    model = small(kind)
+    if scales == 'moved':
+        for block in uses(model):
+            norm = getattr(block, norm_name(block))
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.weight.mul_(SHRINK)
+                norm.bias.uniform_(-0.1, 0.1)
+    else:
+        harden(model, HARD[scales])
+    folded = fold(model)
+    if scales == 'moved':
+        assert {form(block) for block in uses(folded)} == FORMS[kind]
+    x = images(model, 1)[..., :16, :16]
+    expected = model(x)
+    found, unfolded = (copy.deepcopy(net).to(dtype)(x.to(dtype)).float() for net in (folded, model))
+    assert error(found, expected) <= max(2 * error(unfolded, expected), 4 * torch.finfo(dtype).eps)
+
+
+# ---- What becomes of each batch norm
+
+FORMS = {'basic': {'depthwise'}, 'bottleneck': {'bias'}, 'preact': {'bias'}, 'wide': {'nothing'}}
+# Batch norms that no convolution of the block's own precedes, by the last part of their name
+KEPT = {'basic': [], 'bottleneck': [], 'preact': ['bn1', 'norm'], 'wide': ['bn1', 'norm']}
+
+
+@kinds
+@nets
+def test_only_batch_norms_without_a_convolution_before_them_are_left(kind: str, net: Callable) -> None:
+    model = net(kind)
+    expected = [name for name in norms(model) if name.rpartition('.')[2] in KEPT[kind]]
+    assert norms(fold(model)) == expected
+
+
+@kinds
+def test_use_of_a_shared_convolution_takes_the_form_of_its_kind_of_block(kind: str) -> None:
+    folded = fold(small(kind))
+    assert {form(block) for block in uses(folded)} == FORMS[kind]
+
+
+def set_shift(norm: nn.BatchNorm2d, shift: float) -> None:
+    """Give one channel a shift, relative to its scale, of so much."""
+    norm.running_mean[1] = 0
+    norm.bias[1] = shift * norm.weight[1] / (norm.running_var[1] + norm.eps).sqrt()
+
+
+@pytest.mark.parametrize('kind', ['bottleneck', 'preact'])
+@pytest.mark.parametrize(
+    'change,expected',
+    [
+        (lambda norm: norm.weight[1].neg_(), 'depthwise'),
+        (lambda norm: norm.weight[1].zero_(), 'bias'),
+        (lambda norm: norm.weight.zero_(), 'bias'),
+        (lambda norm: set_shift(norm, 0.999 * MAX_SHIFT), 'bias'),
+        (lambda norm: set_shift(norm, -0.999 * MAX_SHIFT), 'bias'),
+        (lambda norm: set_shift(norm, 1.001 * MAX_SHIFT), 'depthwise'),
+        (lambda norm: set_shift(norm, -1.001 * MAX_SHIFT), 'depthwise'),
+    ],
+    ids=['negative', 'zero', 'all zero', 'shift', 'negative shift', 'large shift', 'large negative shift'],
+)
+def test_scale_moves_unless_a_channel_is_negative_or_shifts_too_far(kind: str, change: Callable, expected: str) -> None:
+    model = small(kind).double()
+    block = model.layer1.blocks[1]
+    change(getattr(block, norm_name(block)))
+    folded = fold(model)
+    assert [form(block) for block in uses(folded.layer1)[-2:]] == [expected, 'bias']  # the change is its own
+    assert_equal_outputs(folded, model, images(model))
+
+
+@pytest.mark.parametrize('act_layer', ['silu', 'leaky_relu', 'relu6'])
+def test_scale_does_not_move_past_another_activation_than_relu(act_layer: str) -> None:
+    model = small('bottleneck', act_layer=act_layer).double()
+    folded = fold(model)
+    assert {form(block) for block in uses(folded)} == {'depthwise'}
+    assert_equal_outputs(folded, model, images(model))
+
+
+def test_constants_of_channels_with_scale_zero_reach_the_output() -> None:
+    """Guards the tests of zero scales: dropping relu(c) of such a channel would be noticed."""
+    model = harden(small('bottleneck').double(), HARD['some zero'])
+    changed = copy.deepcopy(model)
+    for block in uses(changed):
+        block.bn2.bias[block.bn2.weight == 0] = 0
+    assert error(changed(images(model)), model(images(model))) > 1e-3
+
+
+# ---- What it stores
+
+
+@kinds
+def test_each_shared_kernel_is_stored_once_as_it_was(kind: str) -> None:
+    model = small(kind)
+    folded = fold(model)
+    stages = [name for name, m in model.named_modules() if isinstance(m, SharedStage) and m.conv is not None]
+    assert len(stages) > 1 and len(uses(folded)) > len(stages)
+    for name in stages:
+        assert torch.equal(folded.get_submodule(name).conv.weight, model.get_submodule(name).conv.weight)
+        assert folded.get_submodule(name).conv.bias is None
+    shapes = [Counter(m.weight.shape for m in n.modules() if isinstance(m, nn.Conv2d)) for n in (folded, model)]
+    assert {k: n for k, n in shapes[0].items() if k[2:] == (3, 3)} == {
+        k: n for k, n in shapes[1].items() if k[2:] == (3, 3)
+    }
+    storages = [v.untyped_storage().data_ptr() for v in folded.state_dict().values()]
+    assert len(set(storages)) == len(storages)
+
+
+@kinds
+@nets
+def test_each_folded_batch_norm_saves_a_parameter_per_channel(kind: str, net: Callable) -> None:
+    model = net(kind)
+    stay = KEPT[kind] + (['bn2'] if kind == 'basic' and net is small else [])  # bn2: depthwise, weight and bias
+    channels = {name: len(m.weight) for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    saved = sum(n for name, n in channels.items() if name.rpartition('.')[2] not in stay)
+    assert saved > 0
+    before, after = (sum(p.numel() for p in n.parameters()) for n in (model, fold(model)))
+    assert before - after == saved
+
+
+@kinds
+@nets
+def test_model_is_not_changed(kind: str, net: Callable) -> None:
+    model = net(kind)
+    before, names = copy.deepcopy(model.state_dict()), norms(model)
+    fold(model)
+    assert norms(model) == names
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@kinds
+@nets
+def test_folded_net_shares_no_memory_with_the_model(kind: str, net: Callable) -> None:
+    model = net(kind)
+    folded, x = fold(model), images(model)
+    before = folded(x)
+    for t in model.state_dict().values():
+        t.zero_()
+    assert torch.equal(folded(x), before)
+
+
+@kinds
+@nets
+def test_folding_twice_changes_nothing(kind: str, net: Callable) -> None:
+    folded = fold(net(kind))
+    torch.testing.assert_close(fold(folded).state_dict(), folded.state_dict(), rtol=0, atol=0)
+
+
+@kinds
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_dtype_mode_and_memory_format_are_the_model_s(kind: str, dtype: torch.dtype) -> None:
+    model = small(kind).to(dtype=dtype, memory_format=torch.channels_last)
+    folded = fold(model)
+    assert {t.dtype for t in folded.state_dict().values() if t.is_floating_point()} == {dtype}
+    assert not any(m.training for m in folded.modules())
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in folded.parameters() if p.ndim == 4)
+    x = images(model)
+    folded = folded.double()
+    assert error(folded(x.double()), folded(x.double().to(memory_format=torch.channels_last))) <= 1e-12
+
+
+# ---- Saving and loading
+
+
+def other_form(kind: str) -> nn.Module:
+    """A net some of whose uses are folded to another form than those of `small(kind)`."""
+    model = small(kind)
+    for block in model.layer1.blocks:
+        norm = getattr(block, norm_name(block))
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.weight.neg_()
+    return model
+
+
+forms = pytest.mark.parametrize('saved,fresh', [(small, small), (small, other_form), (other_form, small)])
+
+
+@kinds
+@forms
+def test_state_dict_loads_strictly_into_any_folded_net(kind: str, saved: Any, fresh: Any, tmp_path: Path) -> None:
+    folded = fold(saved(kind))
+    save_file(folded.state_dict(), tmp_path / 'folded.safetensors')
+    loaded = fold(fresh(kind))
+    if kind in ('bottleneck', 'preact'):  # the others have one form
+        assert (loaded.state_dict().keys() == folded.state_dict().keys()) is (saved is fresh)
+    for t in loaded.state_dict().values():
+        t.zero_()
+    loaded.load_state_dict(load_file(tmp_path / 'folded.safetensors'), strict=True)
+    x = images(folded)
+    assert torch.equal(loaded(x), folded(x))
+    assert loaded.state_dict().keys() == folded.state_dict().keys()
+
+
+@kinds
+def test_state_dict_loads_into_the_folded_net_that_timm_creates(kind: str) -> None:
+    folded = fold(small(kind))
+    name, kwargs = folded.made_by
+    loaded = fold(timm.create_model(name, **kwargs).eval())  # timm's last batch norms have scale zero
+    loaded.load_state_dict(folded.state_dict(), strict=True)
+    assert torch.equal(loaded(images(folded)), folded(images(folded)))
+
+
+@kinds
+@pytest.mark.parametrize('assign', [False, True])
+def test_state_dict_keeps_the_type_of_the_net_that_loads_it(kind: str, assign: bool) -> None:
+    folded = fold(small(kind))
+    loaded = fold(other_form(kind).double())
+    loaded.load_state_dict(folded.state_dict(), assign=assign)
+    dtype = torch.float if assign else torch.double
+    assert {t.dtype for t in loaded.state_dict().values() if t.is_floating_point()} == {dtype}
+    assert error(loaded(images(loaded)).double(), folded(images(folded)).double()) <= 1e-5
+
+
+@kinds
+@nets
+def test_state_dicts_of_folded_and_unfolded_nets_are_not_confused(kind: str, net: Callable) -> None:
+    model = net(kind)
+    folded = fold(model)
+    for target, source in (folded, model), (model, folded):
+        with pytest.raises(RuntimeError, match='Missing key'):
+            copy.deepcopy(target).load_state_dict(source.state_dict())
+
+
+@kinds
+@nets
+@pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
+def test_folded_net_can_be_copied_and_pickled(kind: str, net: Callable, clone: Callable) -> None:
+    folded = fold(net(kind))
+    x = images(folded)
+    assert torch.equal(clone(folded)(x), folded(x))
+
+
+@kinds
+@pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
+def test_copy_of_a_folded_net_takes_the_form_that_it_loads(kind: str, clone: Callable) -> None:
+    original, other = fold(small(kind)), fold(other_form(kind))
+    x = images(original)
+    before = original(x)
+    loaded = clone(original)
+    loaded.load_state_dict(other.state_dict())
+    assert torch.equal(loaded(x), other(x))
+    assert torch.equal(original(x), before)
+
+
+# ---- What can vary
+
+SHALLOW = dict(layers=(2, 2, 2, 2), channels=(16, 24, 32, 40), num_classes=10)
+VARIANTS: List[Tuple[str, Dict[str, Any]]] = [
+    ('sharesnet50', dict(stem_type='deep', stem_width=16)),
+    ('sharesnet50', dict(stem_type='deep_tiered', replace_stem_pool=True)),
+    ('sharesnet34', dict(replace_stem_pool=True)),
+    ('sharesnet50', dict(avg_down=True)),
+    ('sharesnet34', dict(down_kernel_size=3)),
+    ('sharesnet50', dict(aa_layer=BlurPool2d)),
+    ('sharesnet34', dict(aa_layer=nn.AvgPool2d)),
+    ('sharesnet50', dict(cardinality=8, base_width=4)),
+    ('sharesnet50', dict(block_reduce_first=2)),
+    ('sharesnet50', dict(block_args=dict(attn_layer='se'))),
+    ('sharesnet34', dict(block_args=dict(attn_layer='se'))),
+    ('sharesnet50', dict(block_args=dict(attn_layer='cbam'))),  # has batch norms of its own
+    ('sharesnet34', dict(block_args=dict(attn_layer='eca'))),
+    ('sharesnet50', dict(act_layer='silu', global_pool='catavgmax')),
+    ('sharesnet34', dict(act_layer='leaky_relu')),
+    ('sharesnet50', dict(output_stride=8)),
+    ('sharesnet34', dict(output_stride=16)),
+    ('sharesnet50', dict(in_chans=1, num_classes=0)),
+    ('sharesnet50', dict(layers=(3, 1, 2, 1))),
+    ('sharesnet50', dict(drop_rate=0.1, drop_path_rate=0.1, drop_block_rate=0.1)),
+    ('sharesnet34', dict(drop_rate=0.1, drop_path_rate=0.1, drop_block_rate=0.1)),
+    ('sharesnet164_cifar', dict(layers=(2, 1, 3), act_layer='silu', in_chans=1)),
+    ('sharesnet164_cifar', dict(layers=(2, 2, 2), drop_rate=0.1, block_drop_rate=0.1, drop_path_rate=0.1)),
+    ('shawrn40_4', dict(layers=(2, 2, 2), widen_factor=2, num_classes=0)),
+    ('shawrn40_4', dict(layers=(2, 2, 2), widen_factor=1, block_drop_rate=0.1, drop_path_rate=0.1)),
+]
+PLAIN: List[Tuple[str, Dict[str, Any]]] = [
+    ('resnet18', {}),
+    ('resnet50d', {}),
+    ('resnetaa50', {}),
+    ('resnetblur18', {}),
+    ('resnetrs50', {}),
+    ('resnext50_32x4d', dict(cardinality=4, base_width=16)),
+    ('seresnet50', {}),
+    ('ecaresnet50t', {}),
+    ('wide_resnet50_2', {}),
+]
+
+
+def variant(name: str, kwargs: Dict[str, Any]) -> Tuple[nn.Module, torch.Tensor]:
+    model = create(name, **{**({} if name.startswith('shawrn') or 'cifar' in name else SHALLOW), **kwargs}).double()
+    torch.manual_seed(3)
+    return model, torch.randn(2, kwargs.get('in_chans', 3), 64, 64, dtype=torch.double)
+
+
+@pytest.mark.parametrize('name,kwargs', VARIANTS)
+def test_what_the_nets_can_vary_folds(name: str, kwargs: Dict[str, Any]) -> None:
+    model, x = variant(name, kwargs)
+    folded = fold(model)
+    assert all(form(block) in ('bias', 'depthwise') for block in uses(folded)) or name == 'shawrn40_4'
+    assert_equal_outputs(folded, model, x)
+
+
+@pytest.mark.parametrize('name,kwargs', PLAIN)
+def test_timm_s_plain_resnets_fold(name: str, kwargs: Dict[str, Any]) -> None:
+    model, x = variant(name, {'layers': (1, 2, 1, 1), **kwargs})
+    folded = fold(model)
+    assert norms(model) and not norms(folded)
+    assert_equal_outputs(folded, model, x)
+
+
+@pytest.mark.parametrize('name', ['sharesnet34', 'sharesnet50', 'resnet50'])
+def test_norm_layer_of_another_kind_stays(name: str) -> None:
+    def group_norm(chs: int, **kwargs: Any) -> nn.GroupNorm:
+        return nn.GroupNorm(4, chs, **kwargs)
+
+    model, x = variant(name, dict(norm_layer=group_norm))
+    folded = fold(model)
+    assert [type(m) for m in folded.modules()] == [type(m) for m in model.modules()]
+    assert torch.equal(folded(x), model(x))
+
+
+@kinds
+@pytest.mark.parametrize('feature_cls', ['list', 'getter'])
+def test_features_only_net_folds(kind: str, feature_cls: str) -> None:
+    name, kwargs = SMALL[kind]
+    kwargs = {k: v for k, v in kwargs.items() if k != 'num_classes'}
+    model = create(name, features_only=True, feature_cls=feature_cls, **kwargs).double()
+    folded = fold(model)
+    assert len(norms(folded)) < len(norms(model)) / (2 if KEPT[kind] else 20)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.double)
+    assert max(map(error, folded(x), model(x))) <= 1e-12
+
+
+@kinds
+def test_stage_folds_by_itself(kind: str) -> None:
+    stage = small(kind).double().layer1
+    folded = fold(stage)
+    assert len(norms(folded)) < len(norms(stage))
+    x = torch.randn(2, stage.blocks[0].conv1.in_channels, 8, 8, dtype=torch.double)
+    assert_equal_outputs(folded, stage, x)
+
+
+@kinds
+@nets
+def test_net_within_a_model_folds(kind: str, net: Callable) -> None:
+    model = net(kind).double()
+    detector = nn.Sequential(model, nn.BatchNorm1d(10), nn.Linear(10, 2)).double().eval()
+    folded = fold(detector)
+    assert norms(folded[0]) == norms(fold(model))
+    assert_equal_outputs(folded, detector, images(model))
+
+
+@kinds
+@nets
+@pytest.mark.parametrize('convert', [convert_sync_batchnorm, freeze_batch_norm_2d], ids=['sync', 'frozen'])
+def test_synchronized_and_frozen_batch_norms_fold(kind: str, net: Callable, convert: Callable) -> None:
+    model = convert(net(kind).double()).eval()
+    assert not any(type(m) is nn.BatchNorm2d for m in model.modules())
+    folded = fold(model)
+    assert {name.rpartition('.')[2] for name in norms(folded)} == set(KEPT[kind])
+    assert_equal_outputs(folded, model, images(model))
+
+
+@kinds
+@nets
+def test_batch_norms_without_weights_fold(kind: str, net: Callable) -> None:
+    model = net(kind).double()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.weight = m.bias = None
+    assert_equal_outputs(fold(model), model, images(model))
+
+
+@kinds
+def test_batch_norms_without_statistics_stay(kind: str) -> None:
+    model = small(kind).double()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.track_running_stats, m.running_mean, m.running_var = False, None, None
+    folded = fold(model)
+    assert norms(folded) == norms(model)
+    assert torch.equal(folded(images(model)), model(images(model)))
+
+
+@kinds
+@nets
+def test_timm_s_reparameterize_model_gives_the_same_function(kind: str, net: Callable) -> None:
+    model = net(kind).double()
+    found = reparameterize_model(model)
+    if net is small:
+        assert set(norms(found)) == {*norms(fold(model)), *(['bn1'] if 'bn1' in norms(model) else [])}
+    assert_equal_outputs(found, model, images(model))
+
+
+@kinds
+def test_timm_s_scripts_may_reparameterize_before_they_call_eval(kind: str) -> None:
+    model = small(kind).double()
+    found = reparameterize_model(copy.deepcopy(model).train()).eval()
+    assert_equal_outputs(found, model, images(model))
+
+
+# ---- What was added to the net
+
+
+class LowRank(nn.Module):
+    """A convolution with an addition of low rank, as LoRA makes it."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.conv = conv
+        self.down = nn.Conv2d(conv.in_channels, 2, conv.kernel_size, conv.stride, conv.padding, dtype=conv.weight.dtype)
+        self.up = nn.Conv2d(2, conv.out_channels, 1, dtype=conv.weight.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) + self.up(self.down(x))
+
+
+class Larger(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 1.5 * weight
+
+
+def add_forward(model: nn.Module, name: str) -> None:
+    """Replace forward, as accelerate's hooks do."""
+    module = model.get_submodule(name)
+    forward = module.forward
+    module.forward = lambda x: forward(x).clamp(max=0.3)
+
+
+def add_bias(model: nn.Module, name: str) -> None:
+    conv = model.get_submodule(name)
+    conv.bias = nn.Parameter(torch.ones(conv.out_channels, dtype=conv.weight.dtype))
+
+
+ADDITIONS: Dict[str, Callable[[nn.Module, str], Any]] = {
+    'LoRA': lambda model, name: model.set_submodule(name, LowRank(model.get_submodule(name))),
+    'pruning': lambda model, name: prune.l1_unstructured(model.get_submodule(name), 'weight', 0.5),
+    'parametrization': lambda model, name: parametrize.register_parametrization(
+        model.get_submodule(name), 'weight', Larger()
+    ),
+    'forward hook': lambda model, name: model.get_submodule(name).register_forward_hook(
+        lambda m, args, output: output.clamp(max=0.3)
+    ),
+    'forward pre-hook': lambda model, name: model.get_submodule(name).register_forward_pre_hook(
+        lambda m, args: args[0].clamp(max=0.3)
+    ),
+    'forward': add_forward,
+}
+
+
+@kinds
+@pytest.mark.parametrize('addition', [*ADDITIONS, 'bias', 'circular padding'])
+def test_addition_to_a_shared_convolution_is_refused_with_the_cure(kind: str, addition: str) -> None:
+    model = small(kind)
+    name = 'layer2.conv' if kind != 'bottleneck' else 'layer1.conv'
+    if addition == 'bias':
+        add_bias(model, name)
+    elif addition == 'circular padding':
+        conv = model.get_submodule(name)
+        model.set_submodule(name, nn.Conv2d(conv.in_channels, conv.in_channels, 3, padding=1, padding_mode='circular'))
+    else:
+        ADDITIONS[addition](model, name)
+    model.eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match='merge or remove'):
+        fold(model)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+OWN = [('bottleneck', name) for name in ('conv1', 'bn1', 'act1', 'bn2', 'act2', 'conv3', 'bn3', 'act3', '')]
+OWN += [('preact', name) for name in ('bn2', 'bn3', 'act3', 'conv3')] + [('basic', name) for name in ('conv1', 'bn2')]
+
+
+@pytest.mark.parametrize('kind,name', OWN, ids=lambda x: x or 'block')
+@pytest.mark.parametrize('addition', ADDITIONS)
+def test_addition_to_a_block_s_own_layer_keeps_its_effect(kind: str, name: str, addition: str) -> None:
+    if (addition == 'LoRA' and 'conv' not in name) or (
+        addition in ('pruning', 'parametrization') and not name.startswith(('conv', 'bn'))
+    ):
+        pytest.skip('has no such addition')
+    model = small(kind).double()
+    x = images(model)
+    before = model(x)
+    if addition == 'forward' and not name:
+        pytest.skip('a block is called with two arguments')
+    ADDITIONS[addition](model, f'layer1.blocks.1.{name}'.rstrip('.'))
+    model.eval()
+    assert error(model(x), before) > 1e-3
+    assert_equal_outputs(fold(model), model, x)
+
+
+@kinds
+@pytest.mark.parametrize('addition', [*ADDITIONS, 'bias'])
+def test_addition_to_the_shared_convolution_of_a_folded_net_reaches_every_use(kind: str, addition: str) -> None:
+    model = small(kind).double()
+    folded, x = fold(model), images(model)
+    before = model(x)
+    for net in model, folded:
+        (add_bias if addition == 'bias' else ADDITIONS[addition])(net, 'layer1.conv')
+    assert error(model(x), before) > 1e-3
+    assert_equal_outputs(folded, model, x)
+
+
+@kinds
+def test_hook_on_the_shared_convolution_of_a_folded_net_sees_every_use(kind: str) -> None:
+    folded = fold(small(kind))
+    calls: List[int] = []
+    folded.layer1.conv.register_forward_hook(lambda *_: calls.append(1))
+    folded(images(folded))
+    assert len(calls) == len(uses(folded.layer1)) > 1
+
+
+# ---- What runs it
+
+
+RUNNERS: Dict[str, Callable[[nn.Module, torch.Tensor], Callable]] = {
+    'script': lambda model, x: torch.jit.script(model),
+    'trace': torch.jit.trace,
+    'export': lambda model, x: torch.export.export(model, (x,)).module(),
+    'strict export': lambda model, x: torch.export.export(model, (x,), strict=True).module(),
+    'compile': lambda model, x: torch.compile(model, backend='aot_eager', fullgraph=True),
+    'fx': lambda model, x: torch.fx.symbolic_trace(model),
+}
+
+
+@kinds
+@nets
+@pytest.mark.parametrize('runner', RUNNERS)
+def test_folded_net_runs_scripted_traced_exported_and_compiled(kind: str, net: Callable, runner: str) -> None:
+    torch._dynamo.reset()
+    folded = fold(net(kind).double())
+    x = images(folded)
+    assert error(RUNNERS[runner](folded, x)(x), folded(x)) <= 1e-12
+
+
+@pytest.mark.parametrize('kind', ['bottleneck', 'preact'])
+@pytest.mark.parametrize('runner', RUNNERS)
+def test_folded_net_with_both_forms_runs_scripted_traced_exported_and_compiled(kind: str, runner: str) -> None:
+    torch._dynamo.reset()
+    folded = fold(other_form(kind).double())
+    assert {form(block) for block in uses(folded)} == {'bias', 'depthwise'}
+    x = images(folded)
+    assert error(RUNNERS[runner](folded, x)(x), folded(x)) <= 1e-12
+
+
+@kinds
+def test_exported_folded_net_has_no_operation_that_folding_should_have_saved(kind: str) -> None:
+    folded = fold(small(kind))
+    program = torch.export.export(folded, (images(folded),))
+    count = Counter(str(node.target) for node in program.graph.nodes if node.op == 'call_function')
+    assert count['aten.batch_norm.default'] == len(norms(folded))
+    assert not [name for name in count if 'alias' in name or 'positive' in name or 'mul' in name]
+
+
+# ---- Errors
+
+
+@kinds
+@nets
+def test_training_mode_is_refused(kind: str, net: Callable) -> None:
+    with pytest.raises(ValueError, match=r'training mode.*call model\.eval\(\) first'):
+        fold(net(kind).train())
+
+
+@kinds
+@nets
+def test_single_layer_in_training_mode_is_refused_by_name(kind: str, net: Callable) -> None:
+    model = net(kind)
+    name = norms(model)[3]
+    model.get_submodule(name).train()
+    with pytest.raises(ValueError, match=f'{name} is in training mode'):
+        fold(model)
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: nn.Linear(2, 2),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)),
+        lambda: timm.create_model('resnetv2_50', layers=(1, 1, 1, 1)),
+        lambda: timm.create_model('res2net50_26w_4s', layers=(1, 1, 1, 1)),
+        lambda: small('bottleneck').layer1.blocks[0],
+    ],
+    ids=['layer', 'sequential', 'other family', 'other block', 'block without its stage'],
+)
+def test_model_without_a_net_to_fold_is_refused(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(TypeError, match='no stage of timm_sharesnet and no block of timm.models.ResNet'):
+        fold(make().eval())
+
+
+@kinds
+def test_model_without_values_is_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match='meta device'):
+        fold(small(kind).to('meta'))

@@ -1,0 +1,249 @@
+"""ONNX files of deployed nets: what ONNX Runtime holds after its own optimisation, int8, fp16, and the command line."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, List
+
+import onnx
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from demo import load_images
+from models import SHARED, SMALL, create, images, small
+from timm.utils import reparameterize_model
+
+from timm_sharesnet import SharedStage, fold, unshare
+from timm_sharesnet.export import (
+    ExportError,
+    export,
+    export_onnx,
+    inspect,
+    load_model,
+    main,
+    open_session,
+    quantize,
+    run,
+    session_memory,
+)
+
+kinds = pytest.mark.parametrize('kind', SMALL)
+slow = pytest.mark.slow
+SIZE = (3, 32, 32)
+
+
+def kernels(model: nn.Module) -> int:
+    """Number of 3x3 kernels with weights of their own."""
+    return sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in model.modules())
+
+
+def uses(model: nn.Module) -> int:
+    """Number of 3x3 convolutions that a forward pass computes."""
+    stages = [m for m in model.modules() if isinstance(m, SharedStage) and m.conv is not None]
+    return kernels(model) - len(stages) + sum(block.conv2 is None for stage in stages for block in stage.blocks)
+
+
+# ---- What ONNX Runtime holds
+
+
+@kinds
+def test_optimised_net_holds_each_shared_kernel_once_if_folded_and_for_each_use_if_not(
+    kind: str, tmp_path: Path
+) -> None:
+    model = small(kind)
+    x = images(model)
+    files = {'folded': fold(model), 'as it is': model, 'twin': fold(unshare(model))}
+    found = {}
+    for name, net in files.items():
+        export_onnx(net, tmp_path / f'{name}.onnx', SIZE)
+        found[name] = inspect(tmp_path / f'{name}.onnx')
+        output = torch.from_numpy(run(open_session(tmp_path / f'{name}.onnx'), x.numpy()))
+        assert (output - model(x)).abs().max() <= 1e-5 * output.abs().max()
+    assert uses(model) > kernels(model)
+    assert (found['folded'].kernels, found['folded'].uses) == (kernels(model), uses(model))
+    assert found['twin'].kernels == uses(model)
+    # No batch norm follows the shared convolution of a wide block: nothing is folded into it in any case.
+    assert found['as it is'].kernels == (kernels(model) if kind == 'wide' else uses(model))
+    assert found['folded'].weight_bytes < found['twin'].weight_bytes
+
+
+@kinds
+def test_int8_file_holds_each_shared_kernel_once_and_agrees_with_the_twin_s(kind: str, tmp_path: Path) -> None:
+    model = small(kind)
+    calibration = [images(model, 16).numpy()]
+    errors, sizes = [], []
+    for net in fold(model), fold(unshare(model)):
+        export_onnx(net, tmp_path / 'net.onnx', SIZE)
+        quantize(tmp_path / 'net.onnx', tmp_path / 'int8.onnx', calibration)
+        contents = inspect(tmp_path / 'int8.onnx')
+        assert (contents.kernels, contents.uses) == (kernels(net), uses(model))
+        output = run(open_session(tmp_path / 'int8.onnx'), calibration[0])
+        expected = model(images(model, 16)).detach().numpy()
+        errors.append(abs(output - expected).max() / abs(expected).max())
+        sizes.append(contents.weight_bytes)
+    assert errors[0] <= 2 * errors[1] + 0.05 and errors[1] < 0.5
+    assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize('name', ['shawrn40_4', *(pytest.param(n, marks=slow) for n in SHARED if n != 'shawrn40_4')])
+def test_each_model_takes_the_memory_of_its_own_weights(name: str, tmp_path: Path) -> None:
+    model = create(name)
+    size = model.pretrained_cfg['input_size']
+    held, contents = [], []
+    for net in fold(model), fold(unshare(model)):
+        export_onnx(net, tmp_path / f'{len(held)}.onnx', size)
+        contents.append(inspect(tmp_path / f'{len(held)}.onnx'))
+        memory = session_memory(tmp_path / f'{len(held)}.onnx')
+        held.append(memory and memory.held)
+    assert (contents[0].kernels, contents[1].kernels) == (kernels(model), uses(model))
+    saved = contents[1].weight_bytes - contents[0].weight_bytes
+    parameters = sum(p.numel() for p in unshare(model).parameters()) - sum(p.numel() for p in model.parameters())
+    assert saved == pytest.approx(4 * parameters, rel=0.02)
+    if held[0] is not None:
+        assert held[1] - held[0] > 0.6 * saved / 2**20
+
+
+@kinds
+def test_reparam_of_timm_s_scripts_keeps_the_kernels_too(kind: str, tmp_path: Path) -> None:
+    model = small(kind)
+    export_onnx(reparameterize_model(model), tmp_path / 'net.onnx', SIZE)
+    assert inspect(tmp_path / 'net.onnx').kernels == kernels(model)
+
+
+def test_weights_beyond_16_mb_are_in_a_second_file(tmp_path: Path) -> None:
+    model = create('shawrn40_4')
+    export_onnx(fold(model), tmp_path / 'net.onnx', SIZE)
+    assert {p.name for p in tmp_path.iterdir()} == {'net.onnx', 'net.onnx_data'}
+    assert (tmp_path / 'net.onnx').stat().st_size < 1e6
+    assert inspect(tmp_path / 'net.onnx').bytes > 23e6
+    x = images(model)
+    output = torch.from_numpy(run(open_session(tmp_path / 'net.onnx'), x.numpy()))
+    torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_files_do_not_tell_where_they_were_made(tmp_path: Path) -> None:
+    export_onnx(fold(small('preact')), tmp_path / 'net.onnx', SIZE)
+    content = (tmp_path / 'net.onnx').read_bytes()
+    assert b'layer1.conv.weight' in content
+    assert b'.py' not in content and str(Path(timm.__file__).parents[1]).encode() not in content
+
+
+# ---- The command
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory: Any) -> Path:
+    """60 real images in class folders, and a checkpoint of a small net as train.py writes it."""
+    folder = tmp_path_factory.mktemp('export')
+    pictures, labels, classes = load_images()
+    for i in range(60):
+        path = folder / 'images' / classes[labels[i]] / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures[i].save(path)
+    model = small('preact', num_classes=5)
+    other = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
+    torch.save(
+        {'arch': 'sharesnet164_cifar', 'state_dict': other, 'state_dict_ema': model.state_dict()}, folder / 'c.pth'
+    )
+    return folder
+
+
+NET = ['sharesnet164_cifar', '--num-classes', '5', '--model-kwargs', 'layers=(3, 3, 1)']
+
+
+def test_command_writes_fp32_fp16_and_int8_of_a_checkpoint(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    options = ['--checkpoint', str(folder / 'c.pth'), '--output', str(tmp_path / 'net.onnx'), '--fp16', '--int8']
+    options += ['--calibration-dir', str(folder / 'images'), '--calibration-images', '20']
+    assert main([*NET, *options]) == 0, capsys.readouterr().err
+    lines = capsys.readouterr().out.splitlines()
+    model = small('preact', num_classes=5)  # the averaged weights
+    x = images(model)
+    tolerances = {'net.onnx': 1e-4, 'net_fp16.onnx': 1e-2, 'net_quantized.onnx': 0.2}
+    assert {p.name for p in tmp_path.iterdir()} == set(tolerances)
+    for name, tolerance in tolerances.items():
+        onnx.checker.check_model(str(tmp_path / name))
+        session = open_session(tmp_path / name)
+        assert (session.get_inputs()[0].name, session.get_outputs()[0].name) == ('pixel_values', 'logits')
+        for n in 1, 2:
+            output = torch.from_numpy(run(session, x[:n].numpy()))
+            assert (output - model(x[:n])).abs().max() <= tolerance * output.abs().max()
+        line = next(line for line in lines if line.startswith(f'{name}: '))
+        assert f'{kernels(model)} 3x3 kernels for {uses(model)} uses' in line
+    assert 'calibrating int8 on 20 of 60 images' in lines
+    assert 'of 40 others' in lines[-1]
+
+
+def test_command_reads_a_local_dir(tmp_path: Path, capsys: Any) -> None:
+    hub = Path(__file__).parents[1] / 'hub' / 'sharesnet164_cifar.cpu_c10'
+    assert main([f'local-dir:{hub}', '--output', str(tmp_path / 'net.onnx')]) == 0
+    model = timm.create_model('sharesnet164_cifar', pretrained=True).eval()
+    x = images(model)
+    output = torch.from_numpy(run(open_session(tmp_path / 'net.onnx'), x.numpy()))
+    assert (output - model(x)).abs().max() <= 1e-4 * output.abs().max()
+
+
+@pytest.mark.parametrize(
+    'argv,complaint',
+    [
+        (['sharesnet55', '--output', 'o.onnx'], 'timm knows no model sharesnet55, did you mean sharesnet50'),
+        (['vit_tiny_patch16_224', '--checkpoint', 'c.pth', '--output', 'o.onnx'], 'is no checkpoint of vit_tiny'),
+        (['sharesnet164_cifar', '--checkpoint', 'c.pth', '--output', 'o.onnx'], '--num-classes'),
+        (['sharesnet164_cifar', '--checkpoint', 'none.pth', '--output', 'o.onnx'], 'there is no file none.pth'),
+        (['sharesnet164_cifar', '--checkpoint', 'bad.pth', '--output', 'o.onnx'], 'bad.pth cannot be read'),
+        (['sharesnet50', '--output', 'o.onnx'], 'No weights are published for sharesnet50'),
+        (['sharesnet164_cifar', '--output', 'o.bin'], 'must end in .onnx'),
+        (['sharesnet164_cifar', '--output', 'none/o.onnx'], 'lie in a folder that exists'),
+        (['sharesnet164_cifar', '--output', 'old.onnx'], 'old.onnx exists already (--force overwrites)'),
+        (['sharesnet164_cifar', '--output', 'o.onnx', '--int8'], '--int8 and --calibration-dir go together'),
+        (['sharesnet164_cifar', '--output', 'o.onnx', '--int8', '--calibration-dir', 'none'], 'none'),
+        (['sharesnet164_cifar', '--output', 'o.onnx', '--int8', '--calibration-dir', 'empty'], 'no images in empty'),
+        (['sharesnet164_cifar', '--output', 'o.onnx', '--int8', '--calibration-dir', 'broken'], 'x.png cannot be read'),
+        (['sharesnet164_cifar', '--output', 'o.onnx', '--img-size', '0'], 'images of (3, 0, 0)'),
+        (['sharesnet164_cifar', '--output', 'o.onnx', '--model-kwargs', 'colour=3'], 'colour'),
+    ],
+)
+def test_command_refuses_in_one_line_and_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, argv: List[str], complaint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'c.pth').write_bytes((folder / 'c.pth').read_bytes())
+    (tmp_path / 'bad.pth').write_bytes(b'PK not a checkpoint')
+    (tmp_path / 'old.onnx').write_bytes(b'old')
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'broken' / 'cat').mkdir(parents=True)
+    (tmp_path / 'broken' / 'cat' / 'x.png').write_bytes(b'no image')
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert complaint in error and error.startswith('export: ') and error.count('\n') == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert (tmp_path / 'old.onnx').read_bytes() == b'old'
+
+
+def test_force_replaces_the_files_of_before(tmp_path: Path) -> None:
+    (tmp_path / 'net.onnx').write_bytes(b'old')
+    (tmp_path / 'net.onnx_data').write_bytes(b'old weights')
+    list(export(small('wide'), tmp_path / 'net.onnx', force=True))
+    assert {p.name for p in tmp_path.iterdir()} == {'net.onnx'}
+    onnx.checker.check_model(str(tmp_path / 'net.onnx'))
+
+
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys.modules['timm_sharesnet.export'], 'fold', lambda model: small('preact'))
+    with pytest.raises(ExportError, match='differs from the net'):
+        list(export(small('wide'), tmp_path / 'net.onnx'))
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_packages_are_named_with_the_extra(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['onnxscript'] = None; from timm_sharesnet.export import main; sys.exit(main())"
+    command = [sys.executable, '-c', code, 'sharesnet164_cifar', '--output', str(tmp_path / 'net.onnx')]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "onnxscript is not installed: pip install 'timm-sharesnet[onnx]'" in result.stderr
+
+
+def test_averaged_weights_are_preferred(folder: Path) -> None:
+    model = load_model('sharesnet164_cifar', folder / 'c.pth', 5, model_kwargs={'layers': (3, 3, 1)})
+    assert torch.equal(model.conv1.weight, small('preact', num_classes=5).conv1.weight)

@@ -1,0 +1,489 @@
+"""Write a net as it is deployed to ONNX files that keep one copy of each shared kernel at run time, too.
+
+    python -m timm_sharesnet.export MODEL --output FILE.onnx [--fp16] [--int8 --calibration-dir DIR]
+
+MODEL is a name that timm knows (with its pretrained weights), such a name with `--checkpoint FILE` (of timm's train.py,
+averaged weights if it has them), `local-dir:DIR` or `hf-hub:ORG/NAME`: a net of this package, or a plain ResNet of
+timm's to compare with. The net is folded (`timm_sharesnet.fold`) and written with a dynamic batch; `pixel_values` is an
+image preprocessed as timm does, `logits` the output. Each file is opened in ONNX Runtime and compared with the net, and
+its size is printed, the 3x3 kernels that ONNX Runtime holds after its own optimisation, and the memory of a session.
+
+Written are FILE.onnx, and on demand FILE_fp16.onnx (input and output stay fp32) and FILE_quantized.onnx (int8, static
+QDQ, a scale for each channel). Weights beyond 16 MB are in FILE.onnx_data beside the file, which ONNX Runtime maps into
+memory and does not copy. Nothing is written if anything is wrong. Exit code 0, or 2 and one line that says what is.
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.models import load_state_dict
+from timm.utils import ParseKwargs
+
+from .fold import fold
+
+__all__ = [
+    'Contents',
+    'ExportError',
+    'Memory',
+    'export',
+    'export_onnx',
+    'inspect',
+    'main',
+    'quantize',
+    'session_memory',
+]
+
+EXTERNAL_ABOVE = 16e6  # bytes of weights
+INPUT, OUTPUT = 'pixel_values', 'logits'  # the Hub's convention for image classification
+COMPARED = 1000  # images, at most
+TOLERANCE = {'fp32': 1e-4, 'fp16': 5e-2}  # largest difference of an output / largest output
+
+
+class ExportError(Exception):
+    """What is wrong, in one line."""
+
+
+class Contents(NamedTuple):
+    """What a file holds, and what ONNX Runtime makes of it.
+
+    Args:
+        bytes: Size of the file and of its `.onnx_data`.
+        kernels: Different 3x3 kernels after ONNX Runtime's default optimisation.
+        uses: 3x3 convolutions.
+        weight_bytes: Size of all weights after it.
+    """
+
+    bytes: int
+    kernels: int
+    uses: int
+    weight_bytes: int
+
+
+class Memory(NamedTuple):
+    """Growth of a process, MiB.
+
+    Args:
+        loaded: By the session, with what the allocator keeps of the memory that was freed while it was made.
+        held: By the session alone (glibc's allocator gives the rest back, `malloc_trim`).
+        peak: At most, in the session's making and three inferences.
+    """
+
+    loaded: float
+    held: float
+    peak: float
+
+
+def require(*names: str) -> None:
+    """Raise an ExportError that names the extra if a package is not installed."""
+    for name in names:
+        try:
+            __import__(name)
+        except ImportError as e:
+            raise ExportError(f"{name} is not installed: pip install 'timm-sharesnet[onnx]'") from e
+
+
+# Writing
+
+
+def export_onnx(model: nn.Module, path: Union[str, Path], input_size: Tuple[int, int, int], half: bool = False) -> None:
+    """Write a net as it is (see `fold`) to an ONNX file with a dynamic batch.
+
+    Args:
+        model: Net in evaluation mode.
+        path: File to write. Large weights go to a second one, see the module.
+        input_size: Channels, height and width of an image.
+        half: Compute and store in fp16. Input and output stay fp32.
+    """
+    if half:
+        model = _Half(model)
+    program = torch.onnx.export(
+        model,
+        (torch.zeros(2, *input_size),),
+        dynamo=True,
+        verbose=False,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        dynamic_shapes=({0: torch.export.Dim('batch')},),
+    )
+    assert program is not None
+    _save(program.model_proto, Path(path))
+
+
+class _Half(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        import copy
+
+        self.model = copy.deepcopy(model).half()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x.half()).float()
+
+
+def _save(proto: Any, path: Path) -> None:
+    """Save without the exporter's records of source lines, which tell the paths of this machine and take memory."""
+    import onnx
+
+    graph = proto.graph
+    for item in (proto, graph, *graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output):
+        del item.metadata_props[:]
+        item.doc_string = ''
+    size = sum(len(tensor.raw_data) for tensor in graph.initializer)
+    external = size > EXTERNAL_ABOVE
+    onnx.save(proto, path, save_as_external_data=external, location=path.name + '_data', size_threshold=1024)
+
+
+def quantize(path: Union[str, Path], target: Union[str, Path], batches: Sequence[Any]) -> None:
+    """Quantize an ONNX file to int8: static QDQ, as ONNX Runtime recommends (after `quant_pre_process`).
+
+    Args:
+        path: File to read.
+        target: File to write.
+        batches: Preprocessed images for the calibration, arrays of shape (B, C, H, W).
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(batches)
+
+        def get_next(self) -> Optional[Dict[str, Any]]:
+            batch = next(self.batches, None)
+            return None if batch is None else {INPUT: batch}
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepared, quantized = Path(folder, 'prepared.onnx'), Path(folder, 'quantized.onnx')
+        quant_pre_process(str(path), str(prepared))
+        quantize_static(
+            str(prepared),
+            str(quantized),
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            reduce_range=True,  # weights of 7 bits, whose sums processors without VNNI can hold
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        _save(onnx.load(quantized), Path(target))
+
+
+# Reading
+
+
+def run(session: Any, images: Any) -> Any:
+    """The output for images of shape (B, C, H, W)."""
+    return session.run(None, {session.get_inputs()[0].name: images})[0]
+
+
+def open_session(path: Union[str, Path], **options: Any) -> Any:
+    """A session of ONNX Runtime on the CPU with its default optimisation."""
+    import onnxruntime
+
+    session_options = onnxruntime.SessionOptions()
+    session_options.log_severity_level = 3
+    for name, value in options.items():
+        setattr(session_options, name, value)
+    return onnxruntime.InferenceSession(str(path), session_options, providers=['CPUExecutionProvider'])
+
+
+def inspect(path: Union[str, Path]) -> Contents:
+    """Find out what a file holds, and what of it is left after ONNX Runtime's default optimisation."""
+    import onnx
+
+    path = Path(path)
+    data = path.with_name(path.name + '_data')
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder, 'optimized.onnx')
+        open_session(path, optimized_model_filepath=str(optimized))
+        graph = onnx.load(optimized, load_external_data=False).graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    made = {node.output[0]: node for node in graph.node if node.op_type in ('DequantizeLinear', 'Cast')}
+    kernels: Set[str] = set()
+    uses = 0
+    for node in graph.node:
+        if node.op_type in ('Conv', 'FusedConv', 'QLinearConv'):
+            name = node.input[3 if node.op_type == 'QLinearConv' else 1]
+            while name in made:
+                name = made[name].input[0]
+            if tuple(weights[name].dims[2:]) == (3, 3):
+                kernels.add(name)
+                uses += 1
+    size = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+    itemsize = {t: onnx.helper.tensor_dtype_to_np_dtype(t).itemsize for t in {w.data_type for w in graph.initializer}}
+    weight_bytes = sum(math.prod(tensor.dims) * itemsize[tensor.data_type] for tensor in graph.initializer)
+    return Contents(size, len(kernels), uses, weight_bytes)
+
+
+_MEASURE = """
+import ctypes, json, re, sys
+import numpy, onnxruntime
+
+def rss(key='VmRSS'):
+    return int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024
+
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3
+for key, value in json.loads(sys.argv[2]).items():
+    options.add_session_config_entry(key, value)
+before = rss()
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=['CPUExecutionProvider'])
+loaded = rss()
+ctypes.CDLL(None).malloc_trim(0)
+held = rss()
+node = session.get_inputs()[0]
+images = numpy.zeros([1, *node.shape[1:]], 'float32')
+for _ in range(3):
+    session.run(None, {node.name: images})
+print(json.dumps([loaded - before, held - before, rss('VmHWM') - before]))
+"""
+
+
+def session_memory(path: Union[str, Path], entries: Optional[Dict[str, str]] = None) -> Optional[Memory]:
+    """Measure by how much a fresh process grows when it opens a file in ONNX Runtime. None where there is no `/proc`.
+
+    Args:
+        path: ONNX file.
+        entries: Entries of the session's configuration, such as {'session.disable_prepacking': '1'}.
+    """
+    if not os.path.exists('/proc/self/status'):
+        return None
+    command = [sys.executable, '-c', _MEASURE, str(path), json.dumps(entries or {})]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise ExportError(f'{path} cannot be opened in a process of its own: {result.stderr.strip().splitlines()[-1:]}')
+    return Memory(*json.loads(result.stdout))
+
+
+# The command
+
+
+class _Images:
+    """Images of a folder, preprocessed for a model, spread evenly over it."""
+
+    def __init__(self, folder: Union[str, Path], model: nn.Module, input_size: Tuple[int, int, int]) -> None:
+        try:
+            self.dataset = create_dataset('', root=str(folder))
+        except (AssertionError, RuntimeError) as e:  # there is no folder, or no image
+            raise ExportError(f'there are no images in {folder}') from e
+        config = resolve_data_config({'input_size': input_size}, model=model)
+        self.dataset.transform = create_transform(**config)
+
+    def spread(self, count: int, leave: Sequence[int] = ()) -> List[int]:
+        """Up to `count` indices at equal distances, without those to leave."""
+        indices = sorted(set(range(len(self.dataset))) - set(leave))
+        return [indices[i * len(indices) // count] for i in range(count)] if count < len(indices) else indices
+
+    def batches(self, indices: Sequence[int], size: int = 32) -> Iterator[Any]:
+        for start in range(0, len(indices), size):
+            images = []
+            for i in indices[start : start + size]:
+                try:
+                    images.append(self.dataset[i][0])
+                except Exception as e:
+                    raise ExportError(f'{self.dataset.filename(i, absolute=True)} cannot be read: {e}') from e
+            yield torch.stack(images).numpy()
+
+
+def load_model(
+    name: str,
+    checkpoint: Optional[Union[str, Path]] = None,
+    num_classes: Optional[int] = None,
+    in_chans: Optional[int] = None,
+    model_kwargs: Optional[Dict[str, Any]] = None,
+) -> nn.Module:
+    """Create a model with weights: those of a checkpoint, averaged if it has them, or the pretrained ones.
+
+    Raises:
+        ExportError: If there is no such model, or the weights are not its own.
+    """
+    if ':' not in name and not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(include_tags=True), 3)
+        meant = f', did you mean {" or ".join(close)}?' if close else '. timm.list_models() has the names.'
+        raise ExportError(f'timm knows no model {name}{meant}')
+    kwargs = {'num_classes': num_classes, 'in_chans': in_chans, **(model_kwargs or {})}
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    state_dict = None
+    if checkpoint is not None:
+        if not os.path.isfile(checkpoint):
+            raise ExportError(f'there is no file {checkpoint}')
+        try:
+            state_dict = load_state_dict(str(checkpoint), use_ema=True)
+        except Exception as e:  # torch.load raises many kinds at a damaged file
+            raise ExportError(f'{checkpoint} cannot be read as a checkpoint: {type(e).__name__}') from e
+    try:
+        model = timm.create_model(name, pretrained=checkpoint is None, **kwargs)
+    except Exception as e:
+        raise ExportError(f'{name} cannot be created: {e}') from e
+    if state_dict is not None:
+        try:
+            model.load_state_dict(state_dict, strict=True)
+        except (RuntimeError, AttributeError) as e:
+            reason = ' '.join(str(e).split())[:300]
+            raise ExportError(
+                f'{checkpoint} is no checkpoint of {name} with these arguments (--num-classes, --in-chans, '
+                f'--model-kwargs): {reason}'
+            ) from e
+    return model.eval()
+
+
+def export(
+    model: nn.Module,
+    output: Union[str, Path],
+    input_size: Optional[Tuple[int, int, int]] = None,
+    fp16: bool = False,
+    calibration_dir: Optional[Union[str, Path]] = None,
+    calibration_images: int = 256,
+    force: bool = False,
+) -> Iterator[str]:
+    """Fold a net and write it, yielding a line when there is something to tell. The files appear at the end, together.
+
+    Args:
+        model: Net in evaluation mode that `fold` takes.
+        output: File of the fp32 net, `NAME.onnx`.
+        input_size: Channels, height and width, those of the model's preprocessing by default.
+        fp16: Write `NAME_fp16.onnx`, too.
+        calibration_dir: Folder of images, in subfolders or not. With it, `NAME_quantized.onnx` is written, too.
+        calibration_images: How many of them to calibrate with.
+        force: Overwrite files that exist.
+
+    Raises:
+        ExportError: If files exist or a file does not compute what the net does. Nothing is written then.
+    """
+    output = Path(output)
+    if output.suffix != '.onnx' or not output.parent.is_dir():
+        raise ExportError(f'{output} must end in .onnx and lie in a folder that exists')
+    names = {'fp32': output.name}
+    if fp16:
+        names['fp16'] = f'{output.stem}_fp16.onnx'
+    if calibration_dir is not None:
+        names['int8'] = f'{output.stem}_quantized.onnx'
+    existing = [f for n in names.values() for f in (n, f'{n}_data') if (output.parent / f).exists()]
+    if existing and not force:
+        raise ExportError(f'{output.parent / existing[0]} exists already (--force overwrites)')
+    size = tuple(input_size or resolve_data_config({}, model=model)['input_size'])
+    images = None if calibration_dir is None else _Images(calibration_dir, model, size)  # type: ignore[arg-type]
+    try:
+        folded = fold(model)
+    except (TypeError, ValueError) as e:
+        raise ExportError(str(e)) from e
+
+    with tempfile.TemporaryDirectory(prefix='.export-', dir=output.parent) as temporary:
+        paths = {kind: Path(temporary, name) for kind, name in names.items()}
+        probe = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
+        try:
+            with torch.inference_mode():
+                expected = model(probe)
+        except RuntimeError as e:
+            raise ExportError(f'the net does not take images of {size}: {e}') from e
+        for kind in names.keys() & TOLERANCE.keys():
+            export_onnx(folded, paths[kind], size, half=kind == 'fp16')  # type: ignore[arg-type]
+        for kind in sorted(names.keys() & TOLERANCE.keys(), reverse=True):
+            output_ = torch.from_numpy(run(open_session(paths[kind]), probe.numpy()))
+            error = ((output_ - expected).abs().max() / expected.abs().max()).item()
+            if not error <= TOLERANCE[kind]:
+                raise ExportError(f'{names[kind]} differs from the net by {error:.1e} of its largest output')
+            yield _describe(paths[kind], f'largest difference {error:.0e} of the largest output')
+        if images is not None:
+            yield from _export_int8(paths['fp32'], paths['int8'], images, calibration_images)
+        for stale in existing:
+            (output.parent / stale).unlink()
+        for path in sorted(Path(temporary).iterdir(), reverse=True):  # the weights before the file that names them
+            os.replace(path, output.parent / path.name)
+
+
+def _export_int8(path: Path, target: Path, images: _Images, count: int) -> Iterator[str]:
+    calibrated = images.spread(count)
+    others = images.spread(COMPARED, leave=calibrated)
+    yield f'calibrating int8 on {len(calibrated):,} of {len(images.dataset):,} images'
+    quantize(path, target, list(images.batches(calibrated)))
+    compared = others or calibrated
+    sessions = open_session(path), open_session(target)
+    agreed = 0
+    for batch in images.batches(compared):
+        a, b = (run(session, batch).argmax(1) for session in sessions)
+        agreed += int((a == b).sum())
+    which = 'others' if others else 'of these images, there are no others'
+    yield _describe(target, f'agrees with fp32 on {agreed:,} of {len(compared):,} {which}')
+
+
+def _describe(path: Path, agreement: str) -> str:
+    contents, memory = inspect(path), session_memory(path)
+    session = 'session not measured on this system'
+    if memory:
+        session = f'session {memory.loaded:.0f} MiB ({memory.held:.0f} held, peak {memory.peak:.0f})'
+    return (
+        f'{path.name}: {contents.bytes / 1e6:.1f} MB, {contents.kernels} 3x3 kernels for {contents.uses} uses after '
+        f'optimisation, {session}, {agreement}'
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ExportError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog='python -m timm_sharesnet.export',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('model', metavar='MODEL')
+    parser.add_argument('--output', required=True, metavar='FILE.onnx', help='file to write')
+    parser.add_argument('--checkpoint', metavar='FILE', help='weights to take in place of the pretrained ones')
+    parser.add_argument('--num-classes', type=int, metavar='N', help="the checkpoint's classes, if not the default")
+    parser.add_argument('--in-chans', type=int, metavar='N', help="the checkpoint's input channels, likewise")
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    parser.add_argument('--img-size', type=int, metavar='PX', help="height and width, the model's by default")
+    parser.add_argument('--fp16', action='store_true', help='write a file in half precision, too')
+    parser.add_argument('--int8', action='store_true', help='write a quantized file, too')
+    parser.add_argument('--calibration-dir', metavar='DIR', help='folder of images that int8 is calibrated with')
+    parser.add_argument('--calibration-images', type=int, default=256, metavar='N', help='how many of them (256)')
+    parser.add_argument('--force', action='store_true', help='overwrite existing files')
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command line, see the module. Returns the exit code, 0 or 2."""
+    try:
+        args = _parser().parse_args(argv)
+        require('onnx', 'onnxscript', 'onnxruntime')
+        if args.int8 != (args.calibration_dir is not None):
+            raise ExportError('--int8 and --calibration-dir go together')
+        if args.calibration_images < 1:
+            raise ExportError(f'--calibration-images must be positive, got {args.calibration_images}')
+        model = load_model(args.model, args.checkpoint, args.num_classes, args.in_chans, args.model_kwargs)
+        size = resolve_data_config({}, model=model)['input_size']
+        size = (getattr(model, 'in_chans', size[0]), *(size[1:] if args.img_size is None else 2 * [args.img_size]))
+        dir_, count = args.calibration_dir, args.calibration_images
+        for line in export(model, args.output, size, args.fp16, dir_, count, args.force):
+            print(line, flush=True)
+    except ExportError as e:
+        print('export:', ' '.join(str(e).split()), file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f'export: {e.filename}: {e.strerror}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    logging.disable()  # the remarks of exporter and quantizer are not for the user
+    warnings.simplefilter('ignore')
+    sys.exit(main())
