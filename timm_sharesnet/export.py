@@ -109,7 +109,7 @@ def export_onnx(model: nn.Module, path: Union[str, Path], input_size: Tuple[int,
         half: Compute and store in fp16. Input and output stay fp32.
     """
     if half:
-        model = _Half(model)
+        model = _Half(model).eval()
     program = torch.onnx.export(
         model,
         (torch.zeros(2, *input_size),),
@@ -274,15 +274,19 @@ def session_memory(path: Union[str, Path], entries: Optional[Dict[str, str]] = N
 
 
 class _Images:
-    """Images of a folder, preprocessed for a model, spread evenly over it."""
+    """Images of a folder, preprocessed for a model: some to calibrate with, read at once, and others."""
 
-    def __init__(self, folder: Union[str, Path], model: nn.Module, input_size: Tuple[int, int, int]) -> None:
+    def __init__(
+        self, folder: Union[str, Path], model: nn.Module, input_size: Tuple[int, int, int], count: int
+    ) -> None:
         try:
             self.dataset = create_dataset('', root=str(folder))
         except (AssertionError, RuntimeError) as e:  # there is no folder, or no image
             raise ExportError(f'there are no images in {folder}') from e
         config = resolve_data_config({'input_size': input_size}, model=model)
         self.dataset.transform = create_transform(**config)
+        self.calibrated = self.spread(count)
+        self.calibration = list(self.batches(self.calibrated))
 
     def spread(self, count: int, leave: Sequence[int] = ()) -> List[int]:
         """Up to `count` indices at equal distances, without those to leave."""
@@ -377,12 +381,15 @@ def export(
     if existing and not force:
         raise ExportError(f'{output.parent / existing[0]} exists already (--force overwrites)')
     size = tuple(input_size or resolve_data_config({}, model=model)['input_size'])
-    images = None if calibration_dir is None else _Images(calibration_dir, model, size)  # type: ignore[arg-type]
+    images = None
+    if calibration_dir is not None:
+        images = _Images(calibration_dir, model, size, calibration_images)  # type: ignore[arg-type]
     try:
         folded = fold(model)
     except (TypeError, ValueError) as e:
         raise ExportError(str(e)) from e
 
+    yield f'exporting {", ".join(names[kind] for kind in names if kind in TOLERANCE)}'
     with tempfile.TemporaryDirectory(prefix='.export-', dir=output.parent) as temporary:
         paths = {kind: Path(temporary, name) for kind, name in names.items()}
         probe = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
@@ -400,19 +407,18 @@ def export(
                 raise ExportError(f'{names[kind]} differs from the net by {error:.1e} of its largest output')
             yield _describe(paths[kind], f'largest difference {error:.0e} of the largest output')
         if images is not None:
-            yield from _export_int8(paths['fp32'], paths['int8'], images, calibration_images)
+            yield from _export_int8(paths['fp32'], paths['int8'], images)
         for stale in existing:
             (output.parent / stale).unlink()
         for path in sorted(Path(temporary).iterdir(), reverse=True):  # the weights before the file that names them
             os.replace(path, output.parent / path.name)
 
 
-def _export_int8(path: Path, target: Path, images: _Images, count: int) -> Iterator[str]:
-    calibrated = images.spread(count)
-    others = images.spread(COMPARED, leave=calibrated)
-    yield f'calibrating int8 on {len(calibrated):,} of {len(images.dataset):,} images'
-    quantize(path, target, list(images.batches(calibrated)))
-    compared = others or calibrated
+def _export_int8(path: Path, target: Path, images: _Images) -> Iterator[str]:
+    yield f'calibrating int8 on {len(images.calibrated):,} of {len(images.dataset):,} images'
+    quantize(path, target, images.calibration)
+    others = images.spread(COMPARED, leave=images.calibrated)
+    compared = others or images.calibrated
     sessions = open_session(path), open_session(target)
     agreed = 0
     for batch in images.batches(compared):

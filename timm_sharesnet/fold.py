@@ -1,25 +1,4 @@
-"""The net as it is deployed: without batch norms where they can go, and with each shared kernel once.
-
-Every runtime folds a batch norm into the convolution before it. Where blocks share a convolution, that takes a copy of
-the kernel for each of its uses, and what sharing saved is lost. `fold` leaves nothing that could be folded into a
-shared kernel. In evaluation a batch norm computes `s z + c`, where `z = W * h` is what the layer before it gives,
-`s = weight / sqrt(running_var + eps)` and `c = bias - s * running_mean`. It becomes, by that layer,
-
-  * a convolution of the block's own (`conv1`, `conv3`, a strided `conv2`, a shortcut's, the stem's): part of it, with
-    the kernel `s W` and the bias `c`, as usual.
-  * a shared convolution, followed by ReLU and a 1x1 convolution `V` (bottlenecks, pre-activation or not): for `s > 0`
-
-        V relu(s z + c) = (V s) relu(z + c / s)
-
-    so that the kernel stays as it is, its use gets the bias `c / s`, and the 1x1 convolution the scale. For `s = 0` the
-    channel is the constant `relu(c)`, which goes into the bias of the 1x1 convolution.
-  * a shared convolution, anything else: a depthwise 1x1 convolution with the weight `s` and the bias `c`, exact for all
-    of them; no runtime merges two convolutions. So it is in basic blocks, which add the shortcut next, after another
-    activation than ReLU, and in a bottleneck of which one channel has `s < 0` or `|c / s| > MAX_SHIFT`.
-  * no convolution (the first norm of a pre-activation block, the final norm): it stays, as does a norm of another kind.
-
-No batch norm follows the shared convolution of a wide block, which is used as it is.
-"""
+"""The net as it is deployed: without batch norms where they can go, and with each shared kernel once."""
 
 import itertools
 from typing import Any, Dict, List, Optional, Tuple
@@ -37,7 +16,8 @@ from .stage import SharedStage, SharingBlock, conv_args, has_hooks, is_plain
 __all__ = ['fold']
 
 MAX_SHIFT = 1e3
-"""Largest shift of a folded use. fp16 ends at 65,504, and an int8 file has biases of 32 bits."""
+"""Largest `|c / s|` of a use whose scale moves. In fp16, which ends at 65,504, and in the int32 biases of int8 files it
+leaves room for what the convolution adds, and a scale that moves is at least a thousandth of its shift."""
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 _NOTHING = (nn.Identity, nn.Dropout, DropPath, DropBlock2d)  # in evaluation
@@ -52,11 +32,30 @@ def fold(model: nn.Module) -> nn.Module:
         >>> folded.layer3.blocks[4].bn1, folded.layer3.blocks[4].conv2_bias.shape
         (Identity(), torch.Size([256]))
 
-    What becomes of each batch norm is told at the top of this file. `timm.utils.reparameterize_model` (`--reparam` of
-    timm's scripts) does the same but for the stem of the ImageNet nets, which runtimes fold themselves.
+    Every runtime folds a batch norm into the convolution before it. Where blocks share a convolution, that takes a copy
+    of the kernel for each of its uses, and what sharing saved is lost. Here nothing is left that could be folded into a
+    shared kernel. In evaluation a batch norm computes `s z + c`, where `z = W * h` is what the layer before it gives,
+    `s = weight / sqrt(running_var + eps)` and `c = bias - s * running_mean`. It becomes, by that layer,
 
-    The result has the class and the methods of the model. It is saved by its state dict, and loaded into any folded net
-    of the same architecture: `fold(timm.create_model(...).eval()).load_state_dict(...)`.
+      * a convolution of the block's own (`conv1`, `conv3`, a strided `conv2`, a shortcut's, the stem's): part of it,
+        with the kernel `s W` and the bias `c`, as usual.
+      * a shared convolution, followed by ReLU and a 1x1 convolution `V` (the bottlenecks `ShaBottleneck` and
+        `PreActBottleneck`): for `s > 0`
+
+            V relu(s z + c) = (V s) relu(z + c / s)
+
+        so that the kernel stays as it is, its use gets the bias `c / s`, and the 1x1 convolution the scale. For `s = 0`
+        the channel is the constant `relu(c)`, which goes into the bias of the 1x1 convolution.
+      * a shared convolution, anything else: a depthwise 1x1 convolution with the weight `s` and the bias `c`, exact for
+        all of them; no runtime merges two convolutions. So it is in `ShaBasicBlock`, which adds the shortcut next, with
+        another activation than ReLU, and in a bottleneck of which one channel has `s < 0` or `|c / s| > MAX_SHIFT`.
+      * no convolution (the first norm of a pre-activation block, the final norm): it stays, as does a norm of another
+        kind. No batch norm follows the shared convolution of `PreActWideBasic`, which is used as it is.
+
+    `timm.utils.reparameterize_model` (`--reparam` of timm's scripts) does the same but for the stem of the ImageNet
+    nets, which runtimes fold themselves. The result has the class and the methods of the model. It is saved by its
+    state dict, and loaded into any folded net of the same architecture:
+    `fold(timm.create_model(...).eval()).load_state_dict(...)`.
 
     Args:
         model: Net of this package or timm's plain ResNet (BasicBlock, Bottleneck), which is folded the ordinary way, or

@@ -64,7 +64,9 @@ def _plain_stage(stage: SharedStage) -> nn.Module:
         del stage.conv
         stage.conv = None
         return stage
-    return nn.Sequential(*stage.blocks).train(stage.training)
+    plain = nn.Sequential(*stage.blocks)
+    plain.training = stage.training  # `train()` would set it for the layers, too
+    return plain
 
 
 def _name_twin(cfg: dict) -> None:
