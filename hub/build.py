@@ -8,18 +8,23 @@
 PATH is a checkpoint, an output directory of timm's train.py or of hub/import_torch7.py, or a folder made here. The last
 checkpoint is taken, not the best one, which was chosen on the test images, and the averaged weights if they are better.
 The accuracy is measured with the written file on DIR/test (CIFAR), DIR/val or DIR/validation (ImageNet), one folder a
-class; without DIR it is "not measured", unless the weights are the ones measured before. Nothing is written if anything
-is wrong. Drawing curves needs matplotlib.
+class; without DIR it is "not measured", unless the weights are the ones measured before. onnx/ gets the net as it is
+deployed: fp32, and int8 if images of DIR/train are there to calibrate it with; both are measured alike, and beside them
+the files that the unshared twin would have. Nothing is written if anything is wrong. It needs onnx, onnxscript and
+onnxruntime (timm-sharesnet[onnx]), and matplotlib to draw curves.
 """
 
 import argparse
 import csv
 import datetime
 import json
+import logging
 import os
+import platform
 import re
 import shutil
 import tempfile
+import warnings
 from pathlib import Path, PurePosixPath
 
 import card
@@ -27,6 +32,7 @@ import folder
 from folder import DATASETS, WEIGHTS, Fault
 
 HALF_ABOVE = 20e6  # bytes of fp32, above which our own weights are stored as fp16
+CALIBRATION = 256  # training images that int8 is calibrated with
 
 
 def main():
@@ -41,9 +47,11 @@ def main():
     arch, tag, dataset = folder.split_name(args.model)
     if arch not in card.NETS:
         raise Fault(f'{arch} is no architecture of this package: {", ".join(card.NETS)}')
+    folder.require_onnx()
     target = folder.HUB / args.model
     restore(target)
     images = open_images(args.data_dir, dataset) if args.data_dir else None
+    calibration = open_calibration(args.data_dir) if args.data_dir else []
     candidates, files = read_path(args.path, tag)
     check_origin(files, args.model)
     files.pop('config.json', None)  # written anew
@@ -57,6 +65,7 @@ def main():
         training, points = describe_training(new, entry)
         if points:
             draw_curves(points, args.model, new / 'curves.png')
+        entry['onnx'] = build_onnx(new, images, calibration, entry['onnx'])
         manifest = folder.read_json(folder.MANIFEST) | {args.model: entry}
         pins = folder.read_json(folder.PINS) | {args.model: pin}
         names = {path.name for path in new.iterdir()}
@@ -70,13 +79,32 @@ def main():
         os.replace(copy.with_name(copy.name + '.new'), copy)
     folder.write_json(folder.MANIFEST, dict(sorted(manifest.items())))
     folder.write_json(folder.PINS, dict(sorted(pins.items())))
-    accuracy = f'top-1 {entry["accuracy"]["top1"]:.2f} %' if entry['accuracy'] else 'accuracy not measured'
     picked = f', {entry["picked"]}' if entry['picked'] else ''
-    print(f'hub/{args.model}: {pin["size"]:,} bytes, {entry["dtype"]}, {accuracy}{picked}')
-    if folder.tracked(args.model) and folder.tracked_bytes(pins) >= folder.TRACKED_BYTES:
-        with folder.IGNORED.open('a') as file:
-            file.write(f'/{args.model}/{WEIGHTS}\n')
-        print(f'hub/{args.model}/{WEIGHTS} goes beyond {folder.TRACKED_BYTES / 1e6:.0f} MB in all, so git ignores it')
+    print(f'hub/{args.model}: {pin["size"]:,} bytes, {entry["dtype"]}, {tell_accuracy(entry)}{picked}')
+    tell_onnx(entry['onnx'], args.data_dir)
+    for part in folder.LARGE:
+        if folder.tracked(args.model, part) and folder.tracked_bytes(pins) >= folder.TRACKED_BYTES:
+            with folder.IGNORED.open('a') as file:
+                file.write(f'/{args.model}/{part}\n')
+            limit = f'{folder.TRACKED_BYTES / 1e6:.0f} MB'
+            print(f'hub/{args.model}/{part} goes beyond {limit} in all, so git ignores it')
+
+
+def tell_accuracy(entry):
+    return f'top-1 {entry["accuracy"]["top1"]:.2f} %' if entry['accuracy'] else 'accuracy not measured'
+
+
+def tell_onnx(onnx, data_dir):
+    """Print a line for each ONNX file, or why there is none."""
+    for name in folder.KINDS:
+        if name in onnx['files']:
+            own, twin = onnx['files'][name], (onnx['twin'] or {}).get(name)
+            against = f"; its twin's {card.megabytes(twin['size'])}, {card.session(twin)}" if twin else ''
+            size = card.megabytes(folder.onnx_size(onnx['files'], name))
+            print(f'{folder.ONNX}/{name}: {size}, {tell_accuracy(own)}, {card.session(own)}{against}')
+        else:
+            why = f'{data_dir} has no folder train' if data_dir else 'without --data-dir there are no images'
+            print(f'no {folder.ONNX}/{name}: {why} to calibrate it with')
 
 
 # Reading
@@ -194,6 +222,17 @@ def open_images(root, dataset):
     return images
 
 
+def open_calibration(root):
+    """Training images at equal distances, (image, label) pairs; none where there is no folder of them."""
+    from torchvision.datasets import ImageFolder
+
+    if not (root / 'train').is_dir():
+        return []
+    images = ImageFolder(str(root / 'train'))
+    n = min(CALIBRATION, len(images))
+    return [images[i * len(images) // n] for i in range(n)]
+
+
 # Building
 
 
@@ -243,8 +282,6 @@ def build(new, name, dataset, candidates, images):
         'packaged': pin.get('packaged', False),
     }
     loaded = folder.load(new)
-    known = [accuracy for accuracy in (written[best], before.get('accuracy')) if accuracy]
-    accuracy = max(known, key=lambda accuracy: accuracy['images'], default=None)
     sample = {'images': dataset.sample, 'wrong': folder.wrong_in_sample(loaded, dataset)} if dataset.sample else None
     measured = images or not before.get('date')
     entry = {
@@ -252,8 +289,9 @@ def build(new, name, dataset, candidates, images):
         'dtype': str(dtype).removeprefix('torch.'),
         'imported': imported,
         'data': dataset.name,
-        'accuracy': accuracy,
+        'accuracy': most_images(written[best], before.get('accuracy')),
         'sample': sample,
+        'onnx': before.get('onnx'),  # which `build_onnx` replaces
         'picked': tell_picked(best, written) or before.get('picked'),
         'seed': before.get('seed'),
         'date': datetime.date.today().isoformat() if measured else before['date'],
@@ -289,10 +327,97 @@ def write_config(model, dataset, target):
     save_config_for_hf(model, target / 'config.json', model_config=own)
 
 
-def measure_accuracy(model, images):
-    top1, top5 = folder.classify(model, images, workers=min(8, os.cpu_count() or 1))
+def measure_accuracy(model, images, session=None):
+    top1, top5 = folder.classify(model, images, min(8, os.cpu_count() or 1), session)
     n = len(top1)
     return {'top1': round(100 * sum(top1) / n, 4), 'top5': round(100 * sum(top5) / n, 4), 'images': n}
+
+
+def most_images(*accuracies):
+    """The accuracy that was measured on most images, the first if several were. None if none was measured."""
+    return max(filter(None, accuracies), key=lambda accuracy: accuracy['images'], default=None)
+
+
+def build_onnx(new, images, calibration, before):
+    """Write onnx/ from the written weights, or copy what was made of the same before. Returns its entry."""
+    import onnxruntime
+
+    arch, _, dataset = folder.split_name(new.name)
+    target, old = new / folder.ONNX, folder.HUB / new.name / folder.ONNX
+    target.mkdir()
+    known = before['files'] if before else {}
+    if known and images is None and all((old / name).is_file() and _is(old / name, known[name]) for name in known):
+        for name in known:
+            shutil.copyfile(old / name, target / name)
+        return before
+    model = folder.load(new)
+    batches = [batch.numpy() for batch, _ in folder.preprocess(model, calibration)] if calibration else []
+    write_onnx(model, dataset, target, batches)
+    files = {}
+    for file in sorted(target.iterdir()):
+        files[file.name] = {'sha256': folder.sha256(file), 'size': file.stat().st_size}
+        if file.name in folder.KINDS:
+            same = known[file.name] if file.name in known and _is(file, known[file.name]) else {}
+            files[file.name] |= measure_file(file, model, dataset, images, same.get('accuracy'))
+        if folder.KINDS.get(file.name) == 'int8':
+            files[file.name]['calibration'] = len(calibration)
+    twin = measure_twin(model, dataset, batches) if card.NETS[arch].twin != arch else None
+    return {'files': files, 'twin': twin, 'runtime': f'ONNX Runtime {onnxruntime.__version__}, {platform.machine()}'}
+
+
+def _is(file, record):
+    return folder.sha256(file) == record['sha256']
+
+
+def write_onnx(model, dataset, target, batches):
+    """Write the folded model, and with preprocessed images for the calibration its int8 file."""
+    from timm_sharesnet import fold
+    from timm_sharesnet.export import export_onnx, open_session, quantize
+
+    logging.disable()  # the remarks of exporter and quantizer are not for the user
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        export_onnx(fold(model), target / 'model.onnx', tuple(model.pretrained_cfg['input_size']))
+        if batches:
+            quantize(target / 'model.onnx', target / 'model_quantized.onnx', batches)
+    logging.disable(logging.NOTSET)
+    error = folder.output_error(model, open_session(target / 'model.onnx'), dataset)
+    if not error <= folder.ERROR:
+        raise Fault(f'model.onnx differs from the model by {error:.1e} of the largest output')
+    for file in target.iterdir():
+        file.chmod(0o644)  # onnx lets nobody else read the weights beside a file
+
+
+def measure_file(file, model, dataset, images, before):
+    """Accuracy, kernels and session memory of an ONNX file, and of int8 what it takes of our sample for another."""
+    from timm_sharesnet.export import open_session
+
+    session = open_session(file)
+    found = {'accuracy': most_images(measure_accuracy(model, images, session) if images else None, before)}
+    if folder.KINDS[file.name] == 'int8':
+        wrong = folder.wrong_in_sample(model, dataset, session) if dataset.sample else None
+        found['sample'] = {'images': dataset.sample, 'wrong': wrong} if dataset.sample else None
+    return found | measure_session(file)
+
+
+def measure_session(file):
+    """Different 3x3 kernels that ONNX Runtime holds, and by how many MiB a process grows that opens the file."""
+    from timm_sharesnet.export import inspect, session_memory
+
+    memory = session_memory(file)
+    session = memory and {'loaded': round(memory.loaded, 1), 'held': round(memory.held, 1)}
+    return {'kernels': inspect(file).kernels, 'session': session}
+
+
+def measure_twin(model, dataset, batches):
+    """The same of the files that the unshared twin would have."""
+    from timm_sharesnet import unshare
+
+    with tempfile.TemporaryDirectory() as temporary:
+        write_onnx(unshare(model), dataset, Path(temporary), batches)
+        sizes = {file.name: {'size': file.stat().st_size} for file in Path(temporary).iterdir()}
+        names = [name for name in folder.KINDS if name in sizes]
+        return {n: {'size': folder.onnx_size(sizes, n), **measure_session(Path(temporary, n))} for n in names}
 
 
 def tell_picked(best, written):

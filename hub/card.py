@@ -7,7 +7,7 @@ import re
 import textwrap
 from typing import NamedTuple
 
-from folder import WEIGHTS, split_name
+from folder import KINDS, ONNX, WEIGHTS, onnx_size, split_name
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 NOT_MEASURED = 'not measured'
@@ -127,6 +127,21 @@ with torch.inference_mode():
 print(tuple(embedding.shape))  # (1, {width})""",
 }
 
+ONNX_SNIPPET = """
+import json
+
+import onnxruntime
+import timm
+from PIL import Image
+
+config = json.load(open('config.json'))
+transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config['pretrained_cfg']))
+pixel_values = transform(Image.open('image.png').convert('RGB')).unsqueeze(0).numpy()
+
+session = onnxruntime.InferenceSession('onnx/model.onnx')
+(logits,) = session.run(['logits'], {{'pixel_values': pixel_values}})
+print({label_name})"""
+
 _IMAGENET_LABELS = 'timm.data.ImageNetInfo().label_descriptions()'
 
 CITATION = """
@@ -226,6 +241,42 @@ def _row(who, top1, top5, how):
     return f'| {who} | {figures[0]} | {figures[1]} | {how} |'
 
 
+def onnx_rows(name, entry):
+    """The rows of the table of ONNX files: the folder's, and those of the unshared twin, which are not published."""
+    arch, _, dataset = split_name(name)
+    files, twin = entry['onnx']['files'], entry['onnx']['twin'] or {}
+    rows = []
+    for file, kind in KINDS.items():
+        if file in files:
+            own, how = files[file], [kind]
+            if f'{file}_data' in files:
+                how.append(f'weights in `{file}_data`')
+            if kind == 'int8':
+                how.append(f'calibrated on {own["calibration"]:,} training images')
+            if own['accuracy']:
+                how.append(f'measured on {own["accuracy"]["images"]:,} of {dataset.images:,} {dataset.split} images')
+            top1 = f'{own["accuracy"]["top1"]:.2f} %' if own['accuracy'] else NOT_MEASURED
+            rows.append(_onnx_row(f'`{ONNX}/{file}`', onnx_size(files, file), top1, own, ', '.join(how)))
+        if file in twin:
+            how = f'`{NETS[arch].twin}` that computes the same, folded and written alike, not published'
+            rows.append(_onnx_row(f"its unshared twin's, {kind}", twin[file]['size'], '-', twin[file], how))
+    return rows
+
+
+def _onnx_row(what, size, top1, measured, how):
+    return f'| {what} | {megabytes(size)} | {top1} | {measured["kernels"]} | {session(measured)} | {how} |'
+
+
+def megabytes(size):
+    return f'{size / 1e6:.2f} MB'
+
+
+def session(measured):
+    """The memory of a session as it was measured."""
+    memory = measured['session']
+    return f'{memory["loaded"]:.1f} MiB, {memory["held"]:.1f} held' if memory else NOT_MEASURED
+
+
 def snippets(name, namespace, width, features):
     """The runnable examples: heading -> code."""
     _, _, dataset = split_name(name)
@@ -321,6 +372,7 @@ def compose(name, namespace, manifest, pin, facts, training, files):
     lines += ['## Usage', '']
     for heading, code in snippets(name, namespace, facts['width'], facts['features']).items():
         lines += [f'### {heading}', '', '```python', code, '```', '']
+    lines += onnx_section(name, namespace, entry, facts['image_size'])
     limits = [
         f'It knows the {dataset.classes} classes of {dataset.name} and takes any image for one of them. It was '
         f'made for research on weight sharing, at {facts["image_size"]} px, and tested on no other data.',
@@ -336,6 +388,48 @@ def compose(name, namespace, manifest, pin, facts, training, files):
     card = f'---\n{metadata(name, entry, namespace).to_yaml()}\n---\n\n{text}'
     ModelCard(card)  # parses the metadata, raises if the model-index is not valid
     return card
+
+
+def onnx_section(name, namespace, entry, px):
+    """The lines of the section on the ONNX files."""
+    arch, _, dataset = split_name(name)
+    folded = ''
+    if NETS[arch].twin != arch:
+        folded = (
+            ' in a way that leaves the shared kernels as they are. ONNX Runtime keeps one copy of each, where it would '
+            'make one for each use of a net that is exported as it is'
+        )
+    paragraphs = [
+        f'`{ONNX}/` has the net as it is deployed, as `python -m timm_sharesnet.export` writes it: with batch norms '
+        f'folded{folded}. The input is `pixel_values`, images of shape (batch, 3, {px}, {px}) preprocessed as timm '
+        f'does, see above; the output is `logits` of shape (batch, {dataset.classes}).',
+        f'Session memory is by how much a process grows when it opens the file ({entry["onnx"]["runtime"]}), and how '
+        'much of it is held once the allocator has given back what is free. It varies with machines and versions.',
+    ]
+    if 'model_quantized.onnx' in entry['onnx']['files']:
+        paragraphs.append(
+            'int8 is static QDQ with a scale for each channel of a kernel, calibrated on training images alone. It '
+            'saves size first: for speed, ONNX Runtime packs int8 kernels anew for each use, unless the session option '
+            '`session.disable_prepacking` is 1.'
+        )
+    label_name = "config['label_names'][logits[0].argmax()]" if dataset.sample else 'logits[0].argmax()'
+    clone = f'In the folder (`hf download {namespace}/{name} --local-dir .`), without this package:'
+    code = '# pip install onnxruntime timm' + ONNX_SNIPPET.format(label_name=label_name)
+    return [
+        '## ONNX',
+        '',
+        '| | size | top-1 | 3x3 kernels | session memory | |',
+        '| --- | --- | --- | --- | --- | --- |',
+        *onnx_rows(name, entry),
+        '',
+        *(line for paragraph in paragraphs for line in (*_wrap(paragraph), '')),
+        clone,
+        '',
+        '```python',
+        code,
+        '```',
+        '',
+    ]
 
 
 def _cell(text):
@@ -357,9 +451,9 @@ def card_faults(text, name, manifest, pin):
         return [f'README.md: the metadata is not valid: {e}']
     faults = []
     lines = set(text.splitlines())
-    rows = model_rows(name, entry, pin) + accuracy_rows(name, entry, manifest)
+    rows = model_rows(name, entry, pin) + accuracy_rows(name, entry, manifest) + onnx_rows(name, entry)
     faults += [f'README.md does not have the row: {row}' for row in rows if row not in lines]
-    labels = tuple(row[: row.index('|', 2) + 1] for row in rows)
+    labels = (f'| `{ONNX}/', *(row[: row.index('|', 2) + 1] for row in rows))
     faults += [f'README.md has a row too many: {row}' for row in sorted(lines - {*rows}) if row.startswith(labels)]
     expected = [entry['accuracy'][k] for k in ('top1', 'top5')] if complete(entry, dataset) else []
     found = [round(100 * result.metric_value, 4) for result in data.eval_results or []]

@@ -4,8 +4,9 @@
     python hub/check.py                 all folders of hub/, and what they have in common
     python hub/check.py clone/ARCH.TAG  one, wherever it lies; its name selects the entry of the manifest
 
-The weights are loaded strictly and classify our sample of the data set, where there is one. Weights that are too large
-to be tracked need not be there; the rest is verified all the same.
+The weights are loaded strictly and classify our sample of the data set, where there is one. The ONNX files are opened
+in ONNX Runtime (timm-sharesnet[onnx]) and compared with them. What is too large to be tracked need not be there; the
+rest is verified all the same.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 import build
 import card
 import folder
-from folder import WEIGHTS, Fault
+from folder import ONNX, WEIGHTS, Fault
 
 ENTRY = {
     'parameters',
@@ -27,11 +28,18 @@ ENTRY = {
     'data',
     'accuracy',
     'sample',
+    'onnx',
     'picked',
     'seed',
     'date',
 }
+# What the manifest has of an ONNX file
+RECORD = {'twin': {'size', 'kernels', 'session'}}
+RECORD['fp32'] = RECORD['twin'] | {'sha256', 'accuracy'}
+RECORD['int8'] = RECORD['fp32'] | {'calibration', 'sample'}
 TOLERANCE = 3  # images of the sample that another machine may see otherwise
+POINTS = 0.1  # of top-1 by which the fp32 file may differ, whose outputs are the same
+PATHS = rb'/(home|root|tmp|usr|opt|Users)/|[A-Za-z]:\\\\|site-packages|\.py\b'  # of the machine that wrote a file
 
 
 def main():
@@ -39,6 +47,7 @@ def main():
     parser.error = folder.refuse
     parser.add_argument('folder', type=Path, nargs='?', metavar='FOLDER')
     args = parser.parse_args()
+    folder.require_onnx()
     if args.folder:
         paths, faults = [Path(os.path.abspath(args.folder))], []
     else:
@@ -48,7 +57,7 @@ def main():
     for path in paths:
         found = check(path)
         faults += [f'{path.name}: {fault}' for fault in found]
-        absent = '' if (path / WEIGHTS).is_file() else ', weights not here'
+        absent = ''.join(f', {part} not here' for part in folder.LARGE if not (path / part).exists())
         print(f'{path.name}: {"ok" if not found else f"{len(found)} wrong"}{absent}', flush=True)
     if faults:
         raise Fault(*faults)
@@ -81,6 +90,8 @@ def check(path, sample=True):
         fault.startswith((WEIGHTS, 'config', 'no ', repr(path.name))) for fault in faults
     ):
         faults += _collect(model_faults, path, sample)
+        if (path / ONNX).is_dir() and not any(fault.startswith(ONNX) for fault in faults):
+            faults += _collect(session_faults, path, sample)
     return faults
 
 
@@ -101,7 +112,7 @@ def static_faults(path):
     for key, value in {'data': dataset.name, 'imported': tag.startswith('torch7_')}.items():
         if manifest[name][key] != value:
             faults.append(f'{key}: the manifest says {manifest[name][key]}, the tag {value}')
-    for part in (file_faults, weights_faults, config_faults, provenance_faults, card_faults):
+    for part in (file_faults, weights_faults, config_faults, provenance_faults, onnx_faults, card_faults):
         faults += _collect(part, path, manifest, pins[name])
     return faults
 
@@ -128,9 +139,8 @@ def _collect(part, path, *args):
 
 def file_faults(path, _manifest, _pin):
     found = {file.name for file in path.iterdir() if file.is_file() and not file.is_symlink()}
-    faults = [
-        f'{file.name} does not belong there' for file in path.iterdir() if file.name not in found & folder.ALLOWED
-    ]
+    allowed = found & folder.ALLOWED | ({ONNX} if (path / ONNX).is_dir() and not (path / ONNX).is_symlink() else set())
+    faults = [f'{file.name} does not belong there' for file in path.iterdir() if file.name not in allowed]
     required = folder.REQUIRED if folder.tracked(path.name) else folder.REQUIRED - {WEIGHTS}
     faults += [f'{name} is missing' for name in sorted(required - found)]
     if not folder.PROVENANCE & found:
@@ -201,6 +211,56 @@ def provenance_faults(path, manifest, _pin):
     return faults
 
 
+def onnx_faults(path, manifest, _pin):
+    """What can be seen of the ONNX files without opening them: their entry, names, sizes and hashes."""
+    faults = record_faults(path.name, manifest[path.name])
+    files, target = manifest[path.name]['onnx']['files'], path / ONNX
+    if not target.is_dir():
+        return faults + ([f'{ONNX}/ is missing'] if folder.tracked(path.name, f'{ONNX}/') else [])
+    found = {file.name for file in target.iterdir() if file.is_file() and not file.is_symlink()}
+    faults += [
+        f'{ONNX}/{file.name} does not belong there'
+        for file in target.iterdir()
+        if file.name not in found & files.keys()
+    ]
+    for name, record in files.items():
+        file = target / name
+        if name not in found:
+            faults.append(f'{ONNX}/{name} is missing')
+        elif file.stat().st_size != record['size']:
+            faults.append(f'{ONNX}/{name} has {file.stat().st_size:,} bytes, the manifest says {record["size"]:,}')
+        elif folder.sha256(file) != record['sha256']:
+            faults.append(f'{ONNX}/{name} has the SHA-256 {folder.sha256(file)}, the manifest says {record["sha256"]}')
+    return faults
+
+
+def record_faults(name, entry):
+    """What is not complete or not plausible of the ONNX files' entry in the manifest."""
+    arch, _, _ = folder.split_name(name)
+    files, twin = entry['onnx']['files'], entry['onnx']['twin'] or {}
+    kinds = {file: kind for file, kind in folder.KINDS.items() if file in files}
+    records = [(f'{ONNX}/{file}', files[file], RECORD[kind]) for file, kind in kinds.items()]
+    records += [(f"{ONNX}, the twin's {file}", record, RECORD['twin']) for file, record in twin.items()]
+    if 'model.onnx' not in files or files.keys() - kinds - {f'{file}_data' for file in kinds}:
+        return [f'{ONNX}: the manifest must have model.onnx and may have model_quantized.onnx, not {[*files]}']
+    faults = []
+    if twin.keys() != (kinds.keys() if card.NETS[arch].twin != arch else set()):
+        faults.append(f"{ONNX}: the manifest has {[*twin]} of the twin's files, and {[*kinds]} of the net's")
+    for label, record, keys in records:
+        if record.keys() != keys:
+            odd = ', '.join(sorted(record.keys() ^ keys))
+            faults.append(f'{label}: {odd} is missing or unknown in the manifest')
+        elif record['session'] and not 0 < record['session']['held'] <= record['session']['loaded']:
+            faults.append(f'{label}: a session of {record["session"]} MiB is not plausible')
+    measured, accuracy = files['model.onnx'].get('accuracy'), entry['accuracy']
+    if measured and accuracy and measured['images'] == accuracy['images']:
+        if abs(measured['top1'] - accuracy['top1']) > POINTS:
+            faults.append(
+                f'{ONNX}/model.onnx: the top-1 is {measured["top1"]} %, that of {WEIGHTS} {accuracy["top1"]} %'
+            )
+    return faults
+
+
 def card_faults(path, manifest, pin):
     return card.card_faults((path / 'README.md').read_text(encoding='utf-8'), path.name, manifest, pin)
 
@@ -237,6 +297,60 @@ def model_faults(path, sample=True):
         )
     if sample and dataset.sample:
         faults += sample_faults(folder.wrong_in_sample(model, dataset), entry['sample'], dataset)
+    return faults
+
+
+def session_faults(path, sample=True):
+    """What is wrong with the ONNX files in ONNX Runtime: validity, names, kernels, outputs, predictions."""
+    from timm_sharesnet import unshare
+
+    onnx = folder.read_json(folder.MANIFEST)[path.name]['onnx']
+    model = folder.load(path)
+    faults = []
+    for name in (name for name in folder.KINDS if name in onnx['files']):
+        try:
+            found = opened_faults(path / ONNX / name, onnx['files'][name], model, sample)
+        except Exception as e:
+            found = [f'cannot be verified: {type(e).__name__}: {e}']
+        faults += [f'{ONNX}/{name} {fault}' for fault in found]
+    count = folder.count_kernels(unshare(model)) if onnx['twin'] else 0
+    for name, record in (onnx['twin'] or {}).items():
+        if record['kernels'] != count:
+            faults.append(f"{ONNX}, the twin's {name} has {count} 3x3 kernels, the manifest says {record['kernels']}")
+    return faults
+
+
+def opened_faults(file, record, model, sample):
+    """What is wrong with an ONNX file of a model."""
+    import onnx
+
+    from timm_sharesnet.export import INPUT, OUTPUT, inspect, open_session
+
+    _, _, dataset = folder.split_name(file.parents[1].name)
+    onnx.checker.check_model(str(file), full_check=True)
+    faults = []
+    proto = onnx.load(file, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        tensor.ClearField('raw_data')
+    leak = re.search(PATHS, proto.SerializeToString())
+    if leak:
+        faults.append(f'names a file of the machine that wrote it: {leak[0].decode()}')
+    kernels, count = inspect(file).kernels, folder.count_kernels(model)
+    if not kernels == record['kernels'] == count:
+        faults.append(
+            f'has {kernels} 3x3 kernels in ONNX Runtime, the manifest says {record["kernels"]}, the net has {count}'
+        )
+    session = open_session(file)
+    names = [node.name for node in (*session.get_inputs(), *session.get_outputs())]
+    if names != [INPUT, OUTPUT]:
+        faults.append(f'has the inputs and outputs {names} instead of {[INPUT, OUTPUT]}')
+    if folder.KINDS[file.name] == 'fp32':
+        error = folder.output_error(model, session, dataset)
+        if not error <= folder.ERROR:
+            faults.append(f'differs from {WEIGHTS} by {error:.1e} of the largest output')
+    elif sample and dataset.sample:
+        wrong = folder.wrong_in_sample(model, dataset, session)
+        faults += [f'is wrong: {fault}' for fault in sample_faults(wrong, record['sample'], dataset)]
     return faults
 
 

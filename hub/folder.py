@@ -18,7 +18,7 @@ PACKAGE = HUB.parent / 'timm_sharesnet'
 SAMPLES = HUB.parent / 'tests' / 'data'
 MANIFEST = HUB / 'manifest.json'
 PINS = PACKAGE / 'weights.json'
-IGNORED = HUB / '.gitignore'  # names the weights that are too large to be tracked
+IGNORED = HUB / '.gitignore'  # names what is too large to be tracked
 TRACKED_BYTES = 80e6  # what all tracked weights together stay under
 
 NAMESPACE = 'timm-sharesnet'  # ours, once registered; TIMM_SHARESNET_NAMESPACE or --namespace for people's own
@@ -27,6 +27,10 @@ REQUIRED = {WEIGHTS, 'config.json', 'README.md'}
 # How the weights came about: by train.py, in another way, by import.
 PROVENANCE = {'args.yaml', 'summary.csv', 'training.json', 'source.json'}
 ALLOWED = REQUIRED | PROVENANCE | {'curves.png'}
+ONNX = 'onnx'  # folder of the net as it is deployed, by the Hub's convention
+KINDS = {'model.onnx': 'fp32', 'model_quantized.onnx': 'int8'}
+ERROR = 1e-4  # largest difference between the fp32 file's and torch's outputs / largest output
+LARGE = (f'{ONNX}/', WEIGHTS)  # what git ignores beyond TRACKED_BYTES; what can be made again goes first
 
 
 class Dataset(NamedTuple):
@@ -77,6 +81,16 @@ def refuse(message):
     raise Fault(message)
 
 
+def require_onnx():
+    """Raise unless the packages are there that make and open ONNX files."""
+    from timm_sharesnet.export import ExportError, require
+
+    try:
+        require('onnx', 'onnxscript', 'onnxruntime')
+    except ExportError as e:
+        raise Fault(str(e)) from e
+
+
 def choose_namespace(argument):
     """The namespace to publish in: the argument, else the environment's, else ours."""
     namespace = argument or os.environ.get('TIMM_SHARESNET_NAMESPACE') or NAMESPACE
@@ -104,14 +118,26 @@ def packaged(name):
     return PACKAGE / 'weights' / f'{name}.safetensors'
 
 
-def tracked(name):
-    """Whether a model's weights are in git. Otherwise only their hash is."""
-    return f'/{name}/{WEIGHTS}' not in IGNORED.read_text().split()
+def files(path):
+    """All files of a folder, by their paths in the repository."""
+    return {file.relative_to(path).as_posix(): file for file in sorted(path.rglob('*')) if not file.is_dir()}
+
+
+def onnx_size(files, name):
+    """Size of an ONNX file and of the weights beside it, given the entries of the files."""
+    return sum(files[n]['size'] for n in (name, f'{name}_data') if n in files)
+
+
+def tracked(name, part=WEIGHTS):
+    """Whether a model's weights, or its ONNX files, are in git. Otherwise only their hashes are."""
+    return f'/{name}/{part}' not in IGNORED.read_text().split()
 
 
 def tracked_bytes(pins):
-    """Size of all tracked weights; those in the package are there twice."""
-    return sum(pin['size'] * (1 + pin['packaged']) for name, pin in pins.items() if tracked(name))
+    """Size of all tracked weights and ONNX files; weights in the package are there twice."""
+    weights = sum(pin['size'] * (1 + pin['packaged']) for name, pin in pins.items() if tracked(name))
+    onnx = [entry.get('onnx', {}) for name, entry in read_json(MANIFEST).items() if tracked(name, f'{ONNX}/')]
+    return weights + sum(file['size'] for entry in onnx for file in entry.get('files', {}).values())
 
 
 def read_json(path):
@@ -166,23 +192,43 @@ def measure(model):
     }
 
 
-def classify(model, images, workers=0):
-    """Whether the label is the first of the model's classes, and among its first five, for (image, label) pairs."""
+def count_kernels(model):
+    """Different 3x3 kernels: one for each shared stage, and the blocks' own."""
+    import torch
+
+    return sum(isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) for module in model.modules())
+
+
+def classify(model, images, workers=0, session=None):
+    """Whether the label is the first of the model's classes, and among its first five, for (image, label) pairs.
+
+    With a session of ONNX Runtime, that computes in place of the model.
+    """
+    import torch
+
+    from timm_sharesnet import export
+
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if session is None:
+        model = model.to(device, memory_format=torch.channels_last)
+    top1, top5 = [], []
+    with torch.inference_mode():
+        for batch, labels in preprocess(model, images, workers):
+            logits = torch.from_numpy(export.run(session, batch.numpy())) if session else model(batch.to(device))
+            best = logits.topk(5).indices.cpu() == labels[:, None]
+            top1 += best[:, 0].tolist()
+            top5 += best.any(1).tolist()
+    return top1, top5
+
+
+def preprocess(model, images, workers=0):
+    """Batches of images as the model takes them, and of their labels, for (image, label) pairs."""
     import timm
     import torch
 
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     collate = functools.partial(_collate, transform)
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    model = model.to(device, memory_format=torch.channels_last)
-    top1, top5 = [], []
-    loader = torch.utils.data.DataLoader(images, batch_size=100, collate_fn=collate, num_workers=workers)
-    with torch.inference_mode():
-        for batch, labels in loader:
-            best = model(batch.to(device)).topk(5).indices.cpu() == labels[:, None]
-            top1 += best[:, 0].tolist()
-            top5 += best.any(1).tolist()
-    return top1, top5
+    return torch.utils.data.DataLoader(images, batch_size=100, collate_fn=collate, num_workers=workers)
 
 
 def _collate(transform, pairs):
@@ -206,10 +252,25 @@ def load_sample(dataset):
     return [(sheet.crop(box), label) for box, label in zip(boxes, labels, strict=True)]
 
 
-def wrong_in_sample(model, dataset):
-    """Indices of the images of our sample that the model does not recognize."""
-    top1, _ = classify(model, load_sample(dataset))
+def wrong_in_sample(model, dataset, session=None):
+    """Indices of the images of our sample that the model, or a session in its place, does not recognize."""
+    top1, _ = classify(model, load_sample(dataset), session=session)
     return [i for i, right in enumerate(top1) if not right]
+
+
+def output_error(model, session, dataset):
+    """Largest difference between the outputs of model and session, relative, for images of our sample or noise."""
+    import torch
+
+    from timm_sharesnet.export import run
+
+    if dataset.sample:
+        images, _ = next(iter(preprocess(model, load_sample(dataset)[::100])))
+    else:
+        images = torch.randn(4, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model.cpu()(images)
+    return ((torch.from_numpy(run(session, images.numpy())) - expected).abs().max() / expected.abs().max()).item()
 
 
 def tensor_faults(tensors: dict[str, Any], model):

@@ -38,6 +38,8 @@ def main():
     parser.add_argument('--pin', action='store_true', help='write the commit to weights.json')
     args = parser.parse_args()
     namespace = folder.choose_namespace(args.namespace)
+    if args.push:
+        folder.require_onnx()  # `check` needs it
     if args.pin:
         refuse_pin(args.push, namespace, constants.ENDPOINT)
     names = args.names or [name for name in folder.published() if (folder.HUB / name / WEIGHTS).is_file()]
@@ -93,8 +95,8 @@ def local_faults(name, namespace, push):
     """Why a folder may not be published. Only before a push, the weights are loaded, too."""
     path = folder.HUB / name
     faults = check.check(path, sample=False) if push else check.static_faults(path)
-    if not faults and not (path / WEIGHTS).is_file():
-        faults = [f'{WEIGHTS} is not here']
+    if not faults:
+        faults = [f'{part} is not here' for part in folder.LARGE if not (path / part).exists()]
     if not faults:
         written_for = card.card_namespace((path / 'README.md').read_text(encoding='utf-8'), name)
         if written_for != namespace:
@@ -106,7 +108,7 @@ def local_faults(name, namespace, push):
 
 
 def show(name, namespace):
-    files = {path.name: path.stat().st_size for path in sorted((folder.HUB / name).iterdir())}
+    files = {file: path.stat().st_size for file, path in folder.files(folder.HUB / name).items()}
     print(f'hub/{name} -> {constants.ENDPOINT}/{namespace}/{name}')
     for file, size in files.items():
         print(f'{size:>13,}  {file}')
@@ -190,9 +192,9 @@ def create(api, repo_id):
 
 def commit(api, info, path):
     """Make the repository hold the folder's files and nothing else, in one commit at most. Returns its hash."""
-    there, wanted = {file.rfilename for file in info.siblings}, {file.name for file in path.iterdir()}
-    operations = [CommitOperationAdd(name, path / name) for name in sorted(wanted)]
-    operations += [CommitOperationDelete(name) for name in sorted(there - wanted - {GITATTRIBUTES})]
+    there, wanted = {file.rfilename for file in info.siblings}, folder.files(path)
+    operations = [CommitOperationAdd(name, file) for name, file in wanted.items()]
+    operations += [CommitOperationDelete(name) for name in sorted(there - wanted.keys() - {GITATTRIBUTES})]
     with step('uploading'):
         try:
             return api.create_commit(

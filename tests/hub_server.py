@@ -27,7 +27,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-GITATTRIBUTES = b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.bin filter=lfs diff=lfs merge=lfs -text\n'
+GITATTRIBUTES = b''.join(
+    b'*.%s filter=lfs diff=lfs merge=lfs -text\n' % ending for ending in (b'bin', b'onnx', b'safetensors')
+)
 LICENSES = {'apache-2.0', 'mit', 'bsd-3-clause', 'cc-by-4.0', 'gpl-3.0', 'other', 'unknown'}
 DATE = '2024-01-01T00:00:00.000Z'
 
@@ -454,7 +456,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def tree(self, _, id, rev, path=''):
         commit = self.revision(self.repo(id), rev)
-        return 200, {}, [self.entry(p, b) for p, b in commit.files.items() if p.startswith(path)]
+        files = [self.entry(p, b) for p, b in commit.files.items() if p.startswith(path)]
+        folders = {p.rpartition('/')[0] for p in commit.files if '/' in p and p.startswith(path)}
+        return 200, {}, files + [{'type': 'directory', 'path': p, 'size': 0, 'oid': '0' * 40} for p in folders]
 
     def paths_info(self, body, id, rev):
         commit = self.revision(self.repo(id), rev)

@@ -104,16 +104,28 @@ def data(tmp_path):
     return tmp_path / 'data'
 
 
+@pytest.fixture
+def other_onnx(build, monkeypatch):
+    """The project's ONNX file in place of the model's own, which takes long to write."""
+
+    def write_onnx(_model, _dataset, target, _batches):
+        shutil.copyfile(ROOT / 'hub' / NAME / 'onnx' / 'model.onnx', target / 'model.onnx')
+
+    monkeypatch.setattr(build, 'write_onnx', write_onnx)
+
+
 @pytest.mark.parametrize(('last', 'ema', 'better'), [(8, 3, 'EMA'), (3, 8, 'not averaged')])
 def test_train_run_becomes_a_folder_with_the_better_weights(
-    build, project, train_run, data, monkeypatch, capsys, last, ema, better
+    build, project, train_run, data, monkeypatch, capsys, request, last, ema, better
 ):
+    if better != 'EMA':
+        request.getfixturevalue('other_onnx')
     path, *state_dicts = train_run(last, ema)
     name = 'shawrn40_4.test_c10'
     code, out, err = run(build, [path, '--model', name, '--data-dir', data], monkeypatch, capsys)
     assert (code, err) == (0, [])
     folder = project / 'hub' / name
-    files = {'model.safetensors', 'config.json', 'README.md', 'args.yaml', 'summary.csv', 'curves.png'}
+    files = {'model.safetensors', 'config.json', 'README.md', 'args.yaml', 'summary.csv', 'curves.png', 'onnx'}
     assert {path.name for path in folder.iterdir()} == files
 
     # 23 MB of fp32, so fp16; nothing but the better weights
@@ -145,9 +157,9 @@ def test_train_run_becomes_a_folder_with_the_better_weights(
 
     import check
 
-    assert check.static_faults(folder) == [] and check.common_faults(json.loads(pins(project))) == []
+    assert check.common_faults(json.loads(pins(project))) == []
     if better == 'EMA':
-        assert check.model_faults(folder) == []
+        assert check.check(folder) == []
 
 
 def pins(project):
@@ -185,7 +197,8 @@ def test_import_becomes_a_folder_with_its_source_in_fp32(build, project, tmp_pat
     code, out, err = run(build, [tmp_path / 'imported', '--model', name], monkeypatch, capsys)
     assert (code, err) == (0, [])
     path = project / 'hub' / name
-    assert {file.name for file in path.iterdir()} == {'model.safetensors', 'config.json', 'README.md', 'source.json'}
+    names = {'model.safetensors', 'config.json', 'README.md', 'source.json', 'onnx'}
+    assert {file.name for file in path.iterdir()} == names
     found = load_file(path / 'model.safetensors')
     assert all(torch.equal(found[k], v) for k, v in model.state_dict().items())
     text = (path / 'README.md').read_text()
@@ -195,17 +208,126 @@ def test_import_becomes_a_folder_with_its_source_in_fp32(build, project, tmp_pat
     assert source['source'] == 'https://github.com/aboulch/sharesnet' and source['file'] == 'resnet-34.t7'
     assert source['sha256'] == hashlib.sha256(b'the file of the author').hexdigest()
     Image.new('RGB', (300, 250)).save(tmp_path / 'image.png')
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'image.png').rename(path / 'image.png')
+    monkeypatch.chdir(path)
     for code in re.findall(r'```python\n(.*?)\n```', text, re.S):
         exec(code.replace(f'hf-hub:timm-sharesnet/{name}', f'local-dir:{path}'), {})
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 11 and lines[-1] == '(1, 512)'  # five classes with their ImageNet names, five maps, one vector
+    assert len(lines) == 12 and lines[-2] == '(1, 512)'  # five classes with ImageNet names, five maps, one vector
+    assert lines[-1] == str(imagenet_class(model, path / 'image.png'))
+    (path / 'image.png').unlink()
 
-    # 54 MB of fp32 go beyond what is tracked here
-    assert f'hub/{name}/model.safetensors goes beyond 50 MB in all' in out
-    assert f'\n/{name}/model.safetensors\n' in (project / 'hub' / '.gitignore').read_text()
+    # neither 54 MB of fp32 in ONNX nor the weights may be tracked here
+    assert {file.name for file in (path / 'onnx').iterdir()} == {'model.onnx', 'model.onnx_data'}
+    for part in ('onnx/', 'model.safetensors'):
+        assert f'hub/{name}/{part} goes beyond 50 MB in all' in out
+        assert f'\n/{name}/{part}\n' in (project / 'hub' / '.gitignore').read_text()
+    assert check.session_faults(path) == []
+    shutil.rmtree(path / 'onnx')
     (path / 'model.safetensors').unlink()
-    assert run(check, [path], monkeypatch, capsys) == (0, f'{name}: ok, weights not here\n', [])
+    assert run(check, [path], monkeypatch, capsys) == (
+        0,
+        f'{name}: ok, onnx/ not here, model.safetensors not here\n',
+        [],
+    )
+
+
+def imagenet_class(model, image):
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    with torch.inference_mode(), Image.open(image) as image:
+        return model.eval()(transform(image)[None]).argmax().item()
+
+
+@pytest.fixture
+def small_net(build, monkeypatch):
+    """sharesnet164_cifar with three blocks a stage instead of 18, of which ONNX files are made in seconds."""
+    import card
+    from timm.models import _registry
+
+    from timm_sharesnet import resnetv2
+
+    def sharesnet164_cifar(pretrained=False, **kwargs):
+        args = {'block': resnetv2.PreActBottleneck, 'layers': (3, 3, 3), **kwargs}
+        return resnetv2._create_resnetv2_cifar('sharesnet164_cifar', pretrained, **args)
+
+    monkeypatch.setitem(_registry._model_entrypoints, 'sharesnet164_cifar', sharesnet164_cifar)
+    torch.manual_seed(0)
+    model = timm.create_model('sharesnet164_cifar')
+    parameters = sum(p.numel() for p in model.parameters())
+    net = card.NETS['sharesnet164_cifar']._replace(parameters=parameters)
+    monkeypatch.setitem(card.NETS, 'sharesnet164_cifar', net)
+    return model
+
+
+def test_onnx_files_are_calibrated_on_training_images_and_kept_with_the_weights(
+    build, project, small_net, data, tmp_path, monkeypatch, capsys
+):
+    import check
+
+    name = 'sharesnet164_cifar.test_c10'
+    path, onnx = project / 'hub' / name, project / 'hub' / name / 'onnx'
+    weights = save(tmp_path / 'x.pth', small_net.state_dict())
+    shutil.copytree(data / 'test', data / 'train')
+    read = []
+    monkeypatch.setattr(build, 'CALIBRATION', 5)
+    monkeypatch.setattr('PIL.Image.open', spy(Image.open, read))
+    code, out, err = run(build, [weights, '--model', name, '--data-dir', data], monkeypatch, capsys)
+    assert (code, err) == (0, [])
+    assert sum('/train/' in file for file in read) == 5
+    assert {file.name for file in onnx.iterdir()} == {'model.onnx', 'model_quantized.onnx'}
+    assert (onnx / 'model_quantized.onnx').stat().st_size < (onnx / 'model.onnx').stat().st_size / 2
+    assert check.check(path) == []
+    entry = manifest(project)[name]
+    files, twin = entry['onnx']['files'], entry['onnx']['twin']
+    assert files['model.onnx']['accuracy'] == entry['accuracy']
+    assert files['model_quantized.onnx']['accuracy']['images'] == 13
+    for file, record in twin.items():
+        assert files[file]['kernels'] == 7 and record['kernels'] == 10 and files[file]['size'] < record['size']
+    text = (path / 'README.md').read_text()
+    assert 'int8, calibrated on 5 training images, measured on 13 of 10,000 test images' in text
+    assert '`onnx/model.onnx`' in text and '| 7 |' in text
+
+    # the same weights again, without data
+    before = snapshot(project)
+    code, _, err = run(build, [path, '--model', name], monkeypatch, capsys)
+    assert (code, err) == (0, []) and snapshot(project) == before
+
+    # and with data, but none to calibrate with: the same fp32 file, measured, and no int8
+    shutil.rmtree(data / 'train')
+    code, out, err = run(build, [path, '--model', name, '--data-dir', data], monkeypatch, capsys)
+    assert (code, err) == (0, []) and [file.name for file in onnx.iterdir()] == ['model.onnx']
+    assert f'no onnx/model_quantized.onnx: {data} has no folder train to calibrate it with' in out
+    assert (onnx / 'model.onnx').read_bytes() == before[str(onnx / 'model.onnx')]
+    assert check.check(path) == []
+
+
+def spy(function, calls):
+    def called(file, *args, **kwargs):
+        calls.append(str(getattr(file, 'name', file)))
+        return function(file, *args, **kwargs)
+
+    return called
+
+
+def manifest(project):
+    return json.loads((project / 'hub' / 'manifest.json').read_text())
+
+
+def test_new_weights_without_data_have_no_int8_and_no_accuracy(
+    build, project, other_onnx, tmp_path, monkeypatch, capsys
+):
+    weights = save(tmp_path / 'x.pth', timm.create_model('sharesnet164_cifar').state_dict())
+    code, out, err = run(build, [weights, '--model', NAME], monkeypatch, capsys)
+    assert (code, err) == (0, [])
+    assert 'no onnx/model_quantized.onnx: without --data-dir there are no images to calibrate it with' in out
+    entry = manifest(project)[NAME]
+    assert entry['accuracy'] is None and entry['onnx']['files'].keys() == {'model.onnx'}
+
+
+def test_missing_onnx_runtime_is_told_before_anything_is_read(build, project, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    code, _, err = run(build, ['missing', '--model', NAME], monkeypatch, capsys)
+    assert (code, err) == (1, ["build.py: onnxruntime is not installed: pip install 'timm-sharesnet[onnx]'"])
 
 
 def test_renewed_folder_keeps_what_was_measured(build, project, monkeypatch, capsys):

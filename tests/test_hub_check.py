@@ -27,14 +27,21 @@ def check(project, monkeypatch):
 
 
 @pytest.fixture
+def unloaded(check, monkeypatch):
+    """Without loading any model, which is slow, and tested by itself."""
+    monkeypatch.setattr(check, 'model_faults', lambda *_: [])
+    monkeypatch.setattr(check, 'session_faults', lambda *_: [])
+
+
+@pytest.fixture
 def path(project):
     return project / 'hub' / NAME
 
 
-# hub/check.py where the extra [test] is not installed
+# hub/check.py where the extra [test] is not installed but [onnx] is
 PLAIN = """
 import runpy, sys
-sys.modules.update(dict.fromkeys(('matplotlib', 'mypy', 'onnx', 'onnxruntime', 'pytest', 'torchfile'), None))
+sys.modules.update(dict.fromkeys(('matplotlib', 'mypy', 'pytest', 'torchfile'), None))
 sys.argv, sys.path[0] = sys.argv[1:], sys.argv[1].rpartition('/')[0]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
@@ -49,8 +56,14 @@ def test_folders_of_the_project_pass_on_a_plain_install():
     assert f'{NAME}: ok\n' in result.stdout
 
 
+def test_missing_onnx_runtime_is_told_before_anything_is_verified(check, path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    error = "check.py: onnxruntime is not installed: pip install 'timm-sharesnet[onnx]'"
+    assert run(check, [path], monkeypatch, capsys) == (1, '', [error])
+
+
 def test_tracked_weights_stay_under_80_mb():
-    command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard', '*.safetensors']
+    command = 'git ls-files -z --cached --others --exclude-standard *.safetensors *.onnx *.onnx_data'.split()
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
         pytest.skip('not a git checkout')
@@ -66,6 +79,10 @@ def damage_json(name, change):
         file.write_text(json.dumps(data))
 
     return damage
+
+
+def damage_onnx(change):
+    return damage_json('../manifest.json', lambda d: change(d[NAME]['onnx']))
 
 
 DAMAGE = {
@@ -181,16 +198,65 @@ DAMAGE = {
         ),
         f'weights.json pins timm-sharesnet/{NAME}@main',
     ),
+    'a flipped byte in ONNX': (lambda p: flip_last_byte(p / 'onnx/model.onnx'), 'onnx/model.onnx has the SHA-256 '),
+    'a truncated ONNX file': (
+        lambda p: (p / 'onnx/model.onnx').write_bytes((p / 'onnx/model.onnx').read_bytes()[:1000]),
+        'onnx/model.onnx has 1,000 bytes, the manifest says ',
+    ),
+    'int8 in place of fp32': (
+        lambda p: shutil.copyfile(p / 'onnx/model_quantized.onnx', p / 'onnx/model.onnx'),
+        'onnx/model.onnx has ',
+    ),
+    'no int8': (lambda p: (p / 'onnx/model_quantized.onnx').unlink(), 'onnx/model_quantized.onnx is missing'),
+    'no ONNX at all': (lambda p: shutil.rmtree(p / 'onnx'), 'onnx/ is missing'),
+    'another ONNX file': (lambda p: (p / 'onnx/model_fp16.onnx').touch(), 'onnx/model_fp16.onnx does not belong there'),
+    'a folder in onnx/': (lambda p: (p / 'onnx/x').mkdir(), 'onnx/x does not belong there'),
+    'a link to ONNX': (
+        lambda p: (p / 'onnx/model.onnx').rename(p / 'x') and (p / 'onnx/model.onnx').symlink_to('../x'),
+        'onnx/model.onnx does not belong there',
+    ),
+    'a link to the folder': (
+        lambda p: (p / 'onnx').rename(p.parent / 'x') and (p / 'onnx').symlink_to('../x'),
+        'onnx does not belong there',
+    ),
+    'accuracy of int8 in the card': (
+        lambda p: edit(p / 'README.md', '| 94.37 % | 7 |', '| 94.97 % | 7 |'),
+        'README.md does not have the row: | `onnx/model_quantized.onnx` | ',
+    ),
+    "the size of the twin's file in the card": (
+        lambda p: edit(p / 'README.md', "its unshared twin's, fp32 | 6", "its unshared twin's, fp32 | 9"),
+        "README.md does not have the row: | its unshared twin's, fp32 | 6",
+    ),
+    'a file that the manifest does not have in the card': (
+        lambda p: edit(p / 'README.md', '| `onnx/model.onnx` |', '| `onnx/model_fp16.onnx` |'),
+        'README.md has a row too many: | `onnx/model_fp16.onnx` |',
+    ),
+    'half an ONNX entry': (
+        damage_onnx(lambda d: d['files']['model.onnx'].pop('kernels')),
+        'onnx/model.onnx: kernels is missing or unknown in the manifest',
+    ),
+    'no fp32 in the manifest': (
+        damage_onnx(lambda d: d['files'].pop('model.onnx')),
+        'onnx: the manifest must have model.onnx',
+    ),
+    'no twin': (damage_onnx(lambda d: d.update(twin=None)), "onnx: the manifest has [] of the twin's files"),
+    'an impossible session': (
+        damage_onnx(lambda d: d['files']['model.onnx']['session'].update(held=99.9)),
+        'onnx/model.onnx: a session of ',
+    ),
+    'another accuracy of fp32': (
+        damage_onnx(lambda d: d['files']['model.onnx']['accuracy'].update(top1=95.31)),
+        'onnx/model.onnx: the top-1 is 95.31 %, that of model.safetensors 94.31 %',
+    ),
     'broken manifest': (lambda p: (p.parent / 'manifest.json').write_text('{'), 'manifest.json is not valid'),
 }
 
 
 @pytest.mark.parametrize('case', DAMAGE)
-def test_damage_is_named(check, project, path, monkeypatch, capsys, case):
+def test_damage_is_named(check, unloaded, project, path, monkeypatch, capsys, case):
     damage, message = DAMAGE[case]
     damage(path)
     before = snapshot(project)
-    monkeypatch.setattr(check, 'model_faults', lambda *_: [])  # slow, tested below
     code, _, err = run(check, [path], monkeypatch, capsys)
     assert code == 1
     assert any(line.startswith(f'check.py: {NAME}: {message}') or message in line for line in err), err
@@ -229,6 +295,72 @@ def test_wrong_figures_and_preprocessing_are_named(check, path, monkeypatch):
     ]
 
 
+def change_graph(change):
+    """A copy of the ONNX file with something changed."""
+
+    def damage(file):
+        import onnx
+
+        proto = onnx.load(file)
+        change(proto.graph)
+        onnx.save(proto, file)
+
+    return damage
+
+
+def split_kernel(graph):
+    """Give one use of a shared kernel a copy of its own."""
+    convs = [node for node in graph.node if node.op_type == 'Conv']
+    first, second = [node for node in convs if node.input[1].endswith('layer1.conv.weight')][:2]
+    copy = graph.initializer.add()
+    copy.CopyFrom(next(tensor for tensor in graph.initializer if tensor.name == first.input[1]))
+    copy.name = second.input[1] = 'copy'
+
+
+def change_bias(graph):
+    import onnx
+
+    tensor = next(tensor for tensor in graph.initializer if tensor.name.endswith('fc.bias'))
+    tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) + 0.01, tensor.name))
+
+
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    {
+        'invalid': (lambda file: file.write_bytes(file.read_bytes()[:-1000]), 'onnx/model.onnx cannot be verified: '),
+        'int8': (
+            lambda file: shutil.copyfile(file.with_name('model_quantized.onnx'), file),
+            'onnx/model.onnx differs from model.safetensors by ',
+        ),
+        'values': (change_graph(change_bias), 'onnx/model.onnx differs from model.safetensors by '),
+        'kernels': (
+            change_graph(split_kernel),
+            'onnx/model.onnx has 8 3x3 kernels in ONNX Runtime, the manifest says 7, the net has 7',
+        ),
+        'a path': (
+            change_graph(lambda graph: setattr(graph, 'doc_string', 'File "/home/me/net.py", line 1')),
+            'onnx/model.onnx names a file of the machine that wrote it: /home/',
+        ),
+    }.values(),
+)
+def test_onnx_file_that_is_not_the_net_s_is_named(check, path, monkeypatch, damage, message):
+    """Whatever the manifest says of its bytes."""
+    recorded = json.loads((path.parent / 'manifest.json').read_text())[NAME]['onnx']
+    wrong = recorded['files']['model_quantized.onnx']['sample']['wrong']
+    monkeypatch.setattr('folder.wrong_in_sample', lambda *_: wrong)  # slow; the whole is run above
+    damage(path / 'onnx' / 'model.onnx')
+    faults = check.session_faults(path)
+    assert len(faults) == 1 and faults[0].startswith(message), faults
+
+
+def test_int8_that_classifies_otherwise_and_wrong_kernels_of_the_twin_are_named(check, path, monkeypatch):
+    damage_onnx(lambda d: d['twin']['model.onnx'].update(kernels=7))(path)
+    monkeypatch.setattr('folder.wrong_in_sample', lambda *_: [0, 1, 2, 3])
+    int8, twin = check.session_faults(path)
+    assert int8.startswith('onnx/model_quantized.onnx is wrong: 50 images of cifar10_test_1000 are not classified as')
+    assert twin == "onnx, the twin's model.onnx has 55 3x3 kernels, the manifest says 7"
+
+
 def test_at_most_three_images_may_be_classified_otherwise(check):
     from folder import DATASETS
 
@@ -253,8 +385,7 @@ def test_sample_has_1000_images_evenly_of_all_classes(check, dataset):
     assert len(set(folder.class_names(dataset))) == dataset.classes
 
 
-def test_folder_may_lie_anywhere(check, path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(check, 'model_faults', lambda *_: [])
+def test_folder_may_lie_anywhere(check, unloaded, path, tmp_path, monkeypatch, capsys):
     shutil.move(path, tmp_path / NAME)
     monkeypatch.chdir(tmp_path)
     for argument in (NAME, tmp_path / NAME, f'./{NAME}/'):
@@ -267,21 +398,22 @@ def test_untracked_weights_need_not_be_there(check, path, monkeypatch, capsys):
     (path / 'model.safetensors').unlink()
     with (path.parent / '.gitignore').open('a') as file:
         file.write(f'/{NAME}/model.safetensors\n')
-    assert run(check, [], monkeypatch, capsys) == (0, f'{NAME}: ok, weights not here\n', [])
+    assert run(check, [], monkeypatch, capsys) == (0, f'{NAME}: ok, model.safetensors not here\n', [])
     edit(path / 'README.md', '94.31 %', '94.32 %')  # the rest is verified all the same
     assert run(check, [], monkeypatch, capsys)[0] == 1
 
 
-def test_what_the_folders_have_in_common_is_verified(check, project, path, monkeypatch, capsys):
-    monkeypatch.setattr(check, 'model_faults', lambda *_: [])
+def test_what_the_folders_have_in_common_is_verified(check, unloaded, project, path, monkeypatch, capsys):
     flip_last_byte(project / 'timm_sharesnet' / 'weights' / f'{NAME}.safetensors')
     (project / 'timm_sharesnet' / 'weights' / 'x.safetensors').touch()
     (project / 'hub' / 'new.x_c10').mkdir()
-    monkeypatch.setattr('folder.TRACKED_BYTES', 7e6)  # the file is there twice
+    monkeypatch.setattr('folder.TRACKED_BYTES', 7e6)
+    files = [path / 'model.safetensors', *(path / 'onnx').iterdir()]
+    total = sum(file.stat().st_size for file in [files[0], *files])  # the weights are there twice
     code, _, err = run(check, [], monkeypatch, capsys)
     assert code == 1
     assert err == [
-        'check.py: the tracked weights have 7,804,096 bytes, 7,000,000 are the limit',
+        f'check.py: the tracked weights have {total:,} bytes, 7,000,000 are the limit',
         f'check.py: {NAME}.safetensors in the package does not have the SHA-256 of weights.json',
         'check.py: x.safetensors in the package is not "packaged" in weights.json',
         'check.py: new.x_c10: no entry in manifest.json',

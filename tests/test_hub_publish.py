@@ -22,9 +22,11 @@ from PIL import Image
 
 REPO = f'timm-sharesnet/{NAME}'
 FILES = {'README.md', 'config.json', 'curves.png', 'model.safetensors', 'training.json'}
+FILES |= {'onnx/model.onnx', 'onnx/model_quantized.onnx'}
 WORKER = """
 import json, os, runpy, signal, sys, time, traceback
-import huggingface_hub.hf_api, huggingface_hub.repocard, PIL.Image, safetensors.torch, timm, torch, yaml
+import huggingface_hub.hf_api, huggingface_hub.repocard, onnx, onnxruntime, PIL.Image, safetensors.torch, timm, torch
+import yaml
 time.sleep = lambda seconds: None  # huggingface_hub waits up to 8 s before it tries again
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is born deaf to it
 for line in sys.stdin:
@@ -163,14 +165,14 @@ def test_push_publishes_in_one_commit_and_again_is_a_no_op(run, hub, project):
 
 def test_push_deletes_stale_files_in_the_same_commit(run, hub, project):
     folder = project / 'hub' / NAME
-    hub.create(REPO, {**read(folder), 'pytorch_model.bin': b'pickle', 'sub/old.txt': b'old', 'README.md': b'# old\n'})
+    hub.create(REPO, {**read(folder), 'onnx/old.onnx': b'old', 'sub/old.txt': b'old', 'README.md': b'# old\n'})
     code, _, err = run('--push')  # all folders
     assert (code, err) == (0, [])
     assert published(hub, project) and len(hub.repos[REPO].commits) == 3
 
 
 def read(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 
 def test_push_finishes_what_a_killed_one_left(run, hub, project):
@@ -340,24 +342,25 @@ def test_repository_that_cannot_be_verified_stays_private(run, hub, project, fai
 
 
 @pytest.mark.parametrize(
-    ('where', 'message'),
+    ('where', 'file', 'message'),
     [
-        ('commit', 'not as sent: model.safetensors'),
-        ('storage', 'timm does not load the same weights from the Hub as from the folder'),
+        ('commit', 'model.safetensors', 'not as sent: model.safetensors'),
+        ('commit', 'onnx/model.onnx', 'not as sent: onnx/model.onnx'),
+        ('storage', 'model.safetensors', 'timm does not load the same weights from the Hub as from the folder'),
     ],
 )
-def test_other_bytes_than_sent_are_noticed(run, hub, project, where, message):
+def test_other_bytes_than_sent_are_noticed(run, hub, project, where, file, message):
     hub.fail('GET', '/tree/', 3.0)
 
     def damage(_pid):
         wait_for(lambda: any('/tree/' in r for r in hub.requests))
         files = hub.repos[REPO].head.files
-        data = files['model.safetensors'].data
+        data = files[file].data
         other = data[:-1] + bytes([data[-1] ^ 1])
         if where == 'commit':
-            files['model.safetensors'] = Blob(other, lfs=True)
+            files[file] = Blob(other, lfs=True)
         else:
-            hub.lfs[files['model.safetensors'].oid] = other
+            hub.lfs[files[file].oid] = other
 
     code, _, err = run(NAME, '--push', started=damage)
     assert code == 1 and hub.repos[REPO].private
@@ -394,6 +397,7 @@ def test_folder_that_is_not_as_recorded_is_refused_before_any_request(run, hub, 
     cases = {
         'pytorch_model.bin does not belong there': lambda: (folder / 'pytorch_model.bin').write_bytes(b''),
         'model.safetensors has the SHA-256': lambda: flip_last_byte(folder / 'model.safetensors'),
+        'onnx/model.onnx has the SHA-256': lambda: flip_last_byte(folder / 'onnx' / 'model.onnx'),
         'README.md: the model-index has the accuracies [94.4, 99.88]': lambda: edit(
             folder / 'README.md', '0.9431', '0.944'
         ),
@@ -408,6 +412,14 @@ def test_folder_that_is_not_as_recorded_is_refused_before_any_request(run, hub, 
     shutil.rmtree(folder)
     assert run(NAME)[2] == [f'publish.py: {NAME}: no folder {folder}']
     assert 'is not ARCH.TAG' in run('../secrets')[2][0]
+
+
+def test_folder_whose_untracked_files_are_not_here_is_refused(run, hub, project):
+    """They would be deleted on the Hub."""
+    shutil.rmtree(project / 'hub' / NAME / 'onnx')
+    with (project / 'hub' / '.gitignore').open('a') as file:
+        file.write(f'/{NAME}/onnx/\n')
+    assert run(NAME, '--push')[2] == [f'publish.py: {NAME}: onnx/ is not here'] and not hub.requests
 
 
 @pytest.mark.parametrize('how', ['argument', 'environment'])
@@ -466,7 +478,7 @@ CARDS = sorted(path for path in (ROOT / 'hub').glob('*/README.md') if (path.pare
 
 @pytest.mark.parametrize('card', CARDS, ids=lambda path: path.parent.name)
 def test_snippets_of_the_card_run(run, hub, tmp_path, card):
-    """Without the pip line, on an image of the package that the model knows, from an empty cache."""
+    """Without the pip line, on an image of the package that the model knows, from an empty cache; ONNX as cloned."""
     name, text = card.parent.name, card.read_text()
     namespace = re.search(r'hf-hub:([\w.-]+)/', text)[1]
     hub.create(f'{namespace}/{name}', read(card.parent))
@@ -476,22 +488,25 @@ def test_snippets_of_the_card_run(run, hub, tmp_path, card):
     with Image.open(ROOT / 'tests' / 'data' / f'{sheet}.webp') as image:
         x, y = 32 * (i % (image.width // 32)), 32 * (i // (image.width // 32))
         image.convert('RGB').crop((x, y, x + 32, y + 32)).save(tmp_path / 'image.png')
+    for file in ('config.json', 'onnx'):
+        (tmp_path / file).symlink_to(card.parent / file)
     snippets = re.findall(r'```python\n(.*?)\n```', text, re.S)
     outputs = []
     for number, code in enumerate(snippets):
         pip, _, code = code.partition('\n')
-        assert pip == '# pip install timm-sharesnet'
+        assert pip == f'# pip install {"onnxruntime timm" if "onnx" in code else "timm-sharesnet"}'
         script = tmp_path / f'snippet{number}.py'
         script.write_text(code)
         status, out, err = run(script=script, token=None, cwd=tmp_path)
         assert status == 0, err
         outputs.append(out.splitlines())
-    classes, features, embedding = outputs
+    classes, features, embedding, label = outputs
     assert len(classes) == 5 and all(re.match(r'\d+\.\d% ', line) for line in classes)
     if sample:
         meta = json.loads((ROOT / 'tests' / 'data' / f'{sheet}.json').read_text())
         assert classes[0].endswith(f'% {meta["classes"][meta["labels"][i]]}')
-    for lines, code in zip((features, embedding), snippets[1:], strict=True):
+        assert label == [meta['classes'][meta['labels'][i]]]
+    for lines, code in zip((features, embedding), snippets[1:3], strict=True):
         assert ', '.join(lines) == re.search(r'print\(tuple\(.*  # (.*)', code)[1]
 
 
