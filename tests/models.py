@@ -4,11 +4,13 @@ A fresh ImageNet net computes without its shared convolutions, because timm star
 zero. `create` therefore gives every batch norm weights and statistics that are not trivial.
 """
 
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import timm
 import torch
 import torch.nn as nn
+
+from timm_sharesnet import SharingBlock
 
 # A net of each kind with three blocks in a stage that has more than one, so that a convolution is used more than once.
 SMALL = {
@@ -54,6 +56,17 @@ def images(model: nn.Module, n: int = 2) -> torch.Tensor:
     weight = next(model.parameters())
     chans = model.pretrained_cfg['input_size'][0]
     return torch.randn(n, chans, 32, 32, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
+
+
+def uses(model: nn.Module) -> List[SharingBlock]:
+    """The blocks that use the convolution of their stage."""
+    return [m for m in model.modules() if isinstance(m, SharingBlock) and m.conv2 is None]
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest expected value. NaN compares as too large."""
+    assert found.shape == expected.shape
+    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def unshared(model: nn.Module) -> nn.Module:

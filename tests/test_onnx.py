@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from demo import load_images
 from models import SHARED, SMALL, create, images, small
+from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
 from timm_sharesnet import SharedStage, fold, unshare
@@ -116,6 +117,7 @@ def test_weights_beyond_16_mb_are_in_a_second_file(tmp_path: Path) -> None:
     export_onnx(fold(model), tmp_path / 'net.onnx', SIZE)
     assert {p.name for p in tmp_path.iterdir()} == {'net.onnx', 'net.onnx_data'}
     assert (tmp_path / 'net.onnx').stat().st_size < 1e6
+    assert (tmp_path / 'net.onnx_data').stat().st_mode == (tmp_path / 'net.onnx').stat().st_mode
     assert inspect(tmp_path / 'net.onnx').bytes > 23e6
     x = images(model)
     output = torch.from_numpy(run(open_session(tmp_path / 'net.onnx'), x.numpy()))
@@ -174,10 +176,11 @@ def test_command_writes_fp32_fp16_and_int8_of_a_checkpoint(folder: Path, tmp_pat
     assert 'of 40 others' in lines[-1]
 
 
-def test_command_reads_a_local_dir(tmp_path: Path, capsys: Any) -> None:
-    hub = Path(__file__).parents[1] / 'hub' / 'sharesnet164_cifar.cpu_c10'
-    assert main([f'local-dir:{hub}', '--output', str(tmp_path / 'net.onnx')]) == 0
-    model = timm.create_model('sharesnet164_cifar', pretrained=True).eval()
+def test_command_reads_a_local_dir(tmp_path: Path) -> None:
+    model = small('basic')
+    save_for_hf(model, tmp_path / 'net', model_args=model.made_by[1], safe_serialization=True)
+    options = ['--output', str(tmp_path / 'net.onnx'), '--img-size', '32']
+    assert main([f'local-dir:{tmp_path / "net"}', *options]) == 0
     x = images(model)
     output = torch.from_numpy(run(open_session(tmp_path / 'net.onnx'), x.numpy()))
     assert (output - model(x)).abs().max() <= 1e-4 * output.abs().max()

@@ -9,12 +9,13 @@ with random images, so its latency and memory mean something here, and its accur
 
 Memory is the growth of a fresh process, MiB, the median of several: `loaded` by the session, with what the allocator
 keeps of what was freed while it was made; `held` by the session alone (after `malloc_trim`); `peak`, with three
-inferences; `held_unpacked`, held with `session.disable_prepacking`. OpenVINO is used as in its guide, read_model and
+inferences; `peak_unpacked`, that with `session.disable_prepacking`. OpenVINO is used as in its guide, read_model and
 compile_model, and computes in fp32. Latency (BATCHxTHREADS): the forms run in turns, and each turn gives a ratio to the
 twin; the medians are kept. It means something only if nothing else runs.
 
-Rows of these nets are replaced in tests/benchmarks/results/deploy-MACHINE-VERSIONS.csv, others stay; the picture
-hub/deploy.svg is drawn from all rows. Needs the extra `timm-sharesnet[bench]`.
+What is measured replaces what tests/benchmarks/results/deploy-MACHINE-VERSIONS.csv has of these nets; the picture
+hub/deploy.svg is drawn from all rows. Printed, too, are the bytes of gradients and optimizer state, counted on the meta
+device. Needs the extra `timm-sharesnet[bench]`.
 """
 
 import argparse
@@ -34,10 +35,11 @@ import matplotlib
 import numpy as np
 import onnxruntime
 import openvino
+import timm
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import SHARED, create  # noqa: E402
+from models import SHARED, TWINS, create  # noqa: E402
 
 from timm_sharesnet import fold, unshare  # noqa: E402
 from timm_sharesnet.export import export_onnx, inspect, open_session, quantize, run, session_memory  # noqa: E402
@@ -106,6 +108,20 @@ def write_files(name, precisions, folder):
     return paths, size
 
 
+def training_bytes(name):
+    """Bytes of gradients, which ranks exchange at each step, and of AdamW's state, of the net and of its twin."""
+    found = []
+    for model in (timm.create_model(name, device='meta'), timm.create_model(TWINS[name], device='meta')):
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        optimizer = torch.optim.AdamW(model.parameters())
+        optimizer.step()
+        state = [t for values in optimizer.state.values() for t in values.values()]
+        grads = [p.grad for p in model.parameters()]
+        found.append([sum(t.numel() * t.element_size() for t in tensors) for tensors in (grads, state)])
+    return found
+
+
 def measure_latency(paths, make_runner, images, threads, turns):
     """Median time of each form, ms, and median ratio to the twin."""
     runners = {form: make_runner(path, threads) for form, path in paths.items()}
@@ -124,6 +140,8 @@ def measure(name, args, folder):
     """The rows of a net."""
     paths, size = write_files(name, args.precisions, folder)
     rows = []
+    for what, (ours, twin) in zip(('gradients', 'AdamW state'), zip(*training_bytes(name), strict=True), strict=True):
+        print(f'{name} {what}: {ours / 1e6:.1f} MB, twin {twin / 1e6:.1f} MB, ratio {ours / twin:.3f}')
     for precision, runtime in itertools.product(args.precisions, args.runtimes):
         measure_memory, make_runner = RUNTIMES[runtime]
         files = {form: paths[form, precision] for form in FORMS}
@@ -168,11 +186,13 @@ def results_file():
 
 
 def update(path, rows):
-    """Put rows into a CSV in place of those of the same cases."""
+    """Put what was measured into a CSV, in place of what it has of the same cases."""
     old = list(csv.DictReader(path.open())) if path.exists() else []
-    new = {tuple(row[k] for k in LABELS) for row in rows}
-    rows = [row for row in old if tuple(row[k] for k in LABELS) not in new] + rows
-    rows.sort(key=lambda row: SHARED.index(row['net']))
+    cases = {tuple(row[k] for k in LABELS): row for row in old}
+    for row in rows:
+        case = tuple(row[k] for k in LABELS)
+        cases[case] = cases.get(case, {}) | row
+    rows = sorted(cases.values(), key=lambda row: SHARED.index(row['net']))
     columns = dict.fromkeys(itertools.chain.from_iterable(rows))
     with path.open('w', newline='') as f:
         writer = csv.DictWriter(f, list(columns), restval='')
@@ -203,7 +223,7 @@ def draw(rows):
         panel.invert_yaxis()
     panels[0].invert_yaxis()  # the axis is shared: once is enough
     panels[1].legend(frameon=False)
-    matplotlib.rcParams['svg.hashsalt'] = 'deploy'
+    matplotlib.rcParams.update({'svg.hashsalt': 'deploy', 'svg.fonttype': 'none'})
     figure.savefig(PICTURE, metadata={'Date': None})
 
 

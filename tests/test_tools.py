@@ -1,0 +1,451 @@
+"""Tools that rewrite a net are right or refuse, on a net of each kind, shared and folded, with the twin beside it.
+
+They fold the batch norm after a convolution into it, or replace a module, at each of its calls. For a convolution that
+is called several times that is wrong, which `test_tool_is_wrong_where_a_module_is_called_twice` shows.
+"""
+
+import copy
+import functools
+import warnings
+from typing import Any, Callable, Dict, Iterator, Tuple
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.nn.utils.parametrize as parametrize
+import torch.nn.utils.prune as prune
+from additions import ADDITIONS, add
+from models import SMALL, error, images, small, unshared, uses
+from torch.ao.quantization import ObserverBase, get_default_qat_qconfig_mapping, get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx, prepare_qat_fx
+from torch.fx.experimental.optimization import fuse, optimize_for_inference
+
+from timm_sharesnet import fold, unshare
+
+pytestmark = [
+    pytest.mark.usefixtures('one_thread'),
+    pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning'),
+]
+slow = pytest.mark.slow
+kinds = pytest.mark.parametrize('kind', SMALL)
+
+DEPTHS = {'basic': (2, 1, 1, 1), 'bottleneck': (2, 1, 1, 1), 'preact': (3, 1, 1), 'wide': (3, 1, 1)}
+
+
+def net(kind: str) -> nn.Module:
+    """A net of a kind, one of whose convolutions is used twice."""
+    model = small(kind, layers=DEPTHS[kind])
+    assert len(uses(model.layer1)) == 2
+    return model
+
+
+NETS: Dict[str, Callable[[str], nn.Module]] = {
+    'shared': net,
+    'twin': lambda kind: unshared(net(kind)),
+    'folded': lambda kind: fold(net(kind)),
+    'unshared': lambda kind: unshare(net(kind)),
+}
+each_net = pytest.mark.parametrize(
+    'kind,which',
+    [
+        pytest.param(kind, which, marks=() if which == 'shared' or kind == 'bottleneck' else slow)
+        for kind in SMALL
+        for which in ('shared', 'twin', 'folded')
+    ],
+)
+
+
+def slow_but_for(*default: str) -> pytest.MarkDecorator:
+    """Run the test on all kinds, of which only some are in the default run."""
+    return pytest.mark.parametrize('kind', [k if k in default else pytest.param(k, marks=slow) for k in SMALL])
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+# ---- Folding batch norms
+
+
+Rewriter = Callable[[nn.Module, torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
+
+
+def jit_optimized(scripted: torch.jit.ScriptModule, x: torch.Tensor) -> Callable:
+    optimized = torch.jit.optimize_for_inference(torch.jit.freeze(scripted))
+    optimized(x)  # the first calls are profiled
+    return optimized
+
+
+REWRITERS: Dict[str, Rewriter] = {
+    'fx fuse': lambda model, x: fuse(model),
+    'fx optimize_for_inference': lambda model, x: optimize_for_inference(model),
+    'fuse_fx': lambda model, x: fuse_fx(model),
+    'jit script': lambda model, x: jit_optimized(torch.jit.script(model), x),
+    'jit trace': lambda model, x: jit_optimized(torch.jit.trace(model, x), x),
+}
+
+
+@each_net
+@pytest.mark.parametrize('rewriter', REWRITERS)
+def test_batch_norms_are_folded_rightly(kind: str, which: str, rewriter: str) -> None:
+    model = NETS[which](kind)
+    x = images(model)
+    assert error(REWRITERS[rewriter](copy.deepcopy(model), x)(x), model(x)) <= 1e-5
+
+
+def batch_norms(model: nn.Module) -> int:
+    return sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+@kinds
+@pytest.mark.parametrize('rewriter', ['fx fuse', 'fuse_fx'])
+def test_batch_norms_of_unshared_convolutions_are_folded_as_in_the_twin(kind: str, rewriter: str) -> None:
+    model, twin = net(kind), NETS['twin'](kind)
+    x = images(model)
+    left = [batch_norms(REWRITERS[rewriter](copy.deepcopy(m), x)) for m in (model, twin)]
+    assert left[0] - left[1] == (0 if kind == 'wide' else len(uses(model)))  # wide: none follows
+    assert left[0] < batch_norms(model)
+
+
+class CalledTwice(nn.Module):
+    """A convolution that two batch norms follow, called as a module: what the nets here do not give to the tools."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+        for norm in self.norms:
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            norm.running_var.uniform_(0.5, 1.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm in self.norms:
+            x = F.relu(norm(self.conv(x)))
+        return x
+
+
+@pytest.mark.parametrize('rewriter', ['fx fuse', 'fx optimize_for_inference', 'fuse_fx'])
+def test_tool_is_wrong_where_a_module_is_called_twice(rewriter: str) -> None:
+    """Guards the tests of this file. If it fails, torch is cured, and `SharingBlock._traced` may be superfluous."""
+    model, x = CalledTwice().eval(), torch.randn(2, 8, 8, 8)
+    assert error(REWRITERS[rewriter](copy.deepcopy(model), x)(x), model(x)) > 0.1
+
+
+@slow
+@each_net
+def test_inductor_s_freezing_folds_rightly(kind: str, which: str) -> None:
+    torch._dynamo.reset()
+    model = NETS[which](kind)
+    x = images(model)
+    expected = model(x)
+    with torch._inductor.config.patch(freezing=True):
+        found = torch.compile(model)(x)
+    assert error(found, expected) <= 1e-4
+
+
+@slow_but_for()
+@pytest.mark.parametrize('which', ['shared', 'twin'])
+def test_inductor_s_folding_in_training_is_right(kind: str, which: str) -> None:
+    torch._dynamo.reset()
+    model = NETS[which](kind)
+    x = images(model)
+    expected = model(x)
+    with torch._inductor.config.patch(efficient_conv_bn_eval_fx_passes=True), torch.enable_grad():
+        found = torch.compile(model)(x)
+    assert error(found, expected) <= 1e-4
+
+
+@kinds
+def test_features_that_timm_takes_from_an_fx_graph_are_right(kind: str) -> None:
+    name, kwargs = SMALL[kind]
+    kwargs = dict(kwargs, layers=DEPTHS[kind], features_only=True)
+    kwargs.pop('num_classes', None)
+    graph = timm.create_model(name, feature_cls='fx', **kwargs).eval()
+    model = timm.create_model(name, feature_cls='getter', **kwargs).eval()
+    found = {k.removeprefix('graph_module.'): v for k, v in graph.state_dict().items()}
+    model.model.load_state_dict(found, strict=True)
+    x = torch.randn(1, 3, 64, 64)
+    assert max(map(error, graph(x), model(x))) <= 1e-5
+
+
+# ---- FX quantization
+
+
+def quantized_fx(model: nn.Module, x: torch.Tensor) -> Tuple[Callable, Callable]:
+    """The net with observers, and the int8 net."""
+    prepared = prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping(torch.backends.quantized.engine), (x,))
+    prepared(x)
+    return prepared, convert_fx(copy.deepcopy(prepared))
+
+
+def quantized_fx_in_training(model: nn.Module, x: torch.Tensor) -> Tuple[Callable, Callable]:
+    mapping = get_default_qat_qconfig_mapping(torch.backends.quantized.engine)
+    with torch.enable_grad():
+        prepared = prepare_qat_fx(copy.deepcopy(model).train(), mapping, (x,))
+    prepared.eval()
+    prepared(x)
+    return prepared, convert_fx(copy.deepcopy(prepared))
+
+
+Quantizer = Callable[[nn.Module, torch.Tensor], Tuple[Callable, Callable]]
+
+
+@functools.lru_cache(maxsize=None)
+def quantization_errors(quantize: Quantizer, kind: str, which: str) -> Tuple[float, float]:
+    """Errors, relative to the net, of the prepared and the converted net."""
+    model = NETS[which](kind)
+    x = images(model)
+    expected = model(x)
+    prepared, converted = quantize(model, x)
+    return error(prepared(x), expected), error(converted(x), expected)
+
+
+def assert_as_accurate_as_the_twin(quantize: Quantizer, kind: str, which: str) -> None:
+    found, expected = (quantization_errors(quantize, kind, w)[1] for w in (which, 'twin'))
+    assert expected < 0.3
+    assert found <= 3 * expected + 0.05
+
+
+@kinds
+@pytest.mark.parametrize('which', ['shared', 'twin', pytest.param('folded', marks=slow)])
+def test_net_prepared_by_fx_computes_the_same(kind: str, which: str) -> None:
+    assert quantization_errors(quantized_fx, kind, which)[0] <= 1e-5
+
+
+@kinds
+@pytest.mark.parametrize('which', ['shared', pytest.param('folded', marks=slow)])
+def test_net_quantized_by_fx_is_as_accurate_as_the_twin(kind: str, which: str) -> None:
+    assert_as_accurate_as_the_twin(quantized_fx, kind, which)
+
+
+@slow_but_for('bottleneck')
+def test_net_quantized_by_fx_in_training_is_as_accurate_as_the_twin(kind: str) -> None:
+    assert_as_accurate_as_the_twin(quantized_fx_in_training, kind, 'shared')
+
+
+@kinds
+def test_fx_quantizes_the_shared_kernel_and_its_input_at_each_use(kind: str) -> None:
+    model = net(kind)
+    prepared = prepare_fx(model, get_default_qconfig_mapping(torch.backends.quantized.engine), (images(model),))
+    calls = [node for node in prepared.graph.nodes if node.op == 'call_function' and node.target is F.conv2d]
+    assert len(calls) == len(uses(model))
+    observers = [argument.target for call in calls for argument in call.args[:2]]
+    assert all(isinstance(prepared.get_submodule(name), ObserverBase) for name in observers)
+    assert len(set(observers[::2])) == len(calls)  # each input has a scale of its own
+
+
+# ---- What was added to a shared convolution
+
+ATTACHED = [a for a in ADDITIONS if a != 'LoRA']  # to the convolution itself, which stays an nn.Conv2d
+TRACERS: Dict[str, Rewriter] = {
+    'fuse': REWRITERS['fx fuse'],
+    'prepare_fx': lambda model, x: quantized_fx(model, x)[0],
+}
+
+
+@kinds
+@pytest.mark.parametrize('addition', ATTACHED)
+@pytest.mark.parametrize('tracer', TRACERS)
+def test_fx_refuses_an_addition_that_it_would_miss_and_names_the_cure(kind: str, addition: str, tracer: str) -> None:
+    model = net(kind)
+    add(addition, model, 'layer1.conv')
+    with pytest.raises(RuntimeError, match='Make it plain first'):
+        TRACERS[tracer](model, images(model))
+
+
+@kinds
+@pytest.mark.parametrize('which', ['shared', pytest.param('folded', marks=slow)])
+@pytest.mark.parametrize('tracer', TRACERS)
+def test_fx_keeps_a_module_in_place_of_the_shared_convolution(kind: str, which: str, tracer: str) -> None:
+    model = NETS[which](kind)
+    x = images(model)
+    before = model(x)
+    add('LoRA', model, 'layer1.conv')
+    expected = model(x)
+    assert error(expected, before) > 1e-2
+    assert error(TRACERS[tracer](model, x)(x), expected) <= 1e-5
+
+
+@slow_but_for('wide')
+def test_fx_quantizes_a_net_with_a_module_in_place_of_the_shared_convolution(kind: str) -> None:
+    model = net(kind)
+    x = images(model)
+    add('LoRA', model, 'layer1.conv')
+    assert error(quantized_fx(model, x)[1](x), model(x)) <= 0.3
+
+
+@kinds
+@pytest.mark.parametrize('which', ['shared', 'folded'])
+@pytest.mark.parametrize('addition', ADDITIONS)
+def test_torchscript_refuses_an_addition_and_names_the_cure(kind: str, which: str, addition: str) -> None:
+    model = NETS[which](kind)
+    add(addition, model, 'layer1.conv')
+    with pytest.raises(RuntimeError, match=r'(?s)TorchScript gets.*script timm_sharesnet\.unshare'):
+        torch.jit.script(model)
+
+
+@kinds
+@pytest.mark.parametrize('attribute,value', [('dilation', (2, 2)), ('padding', (0, 0)), ('stride', (2, 2))])
+def test_torchscript_refuses_a_shared_convolution_with_other_arguments(kind: str, attribute: str, value: Any) -> None:
+    model = net(kind)
+    setattr(model.layer1.conv, attribute, value)
+    with pytest.raises(RuntimeError, match='TorchScript gets'):
+        torch.jit.script(model)
+
+
+@kinds
+def test_torchscript_takes_other_weights_in_a_convolution_of_the_same_kind(kind: str) -> None:
+    model = net(kind)
+    before = model(images(model))
+    conv = copy.deepcopy(model.layer1.conv)
+    nn.init.normal_(conv.weight, std=0.1)
+    model.layer1.conv = conv
+    found, expected = torch.jit.script(model)(images(model)), model(images(model))
+    assert error(expected, before) > 1e-2
+    assert error(found, expected) <= 1e-5
+
+
+@kinds
+def test_merged_additions_are_scripted_and_traced(kind: str) -> None:
+    """The cures that the refusals name."""
+    model = net(kind)
+    x = images(model)
+    add('pruning', model, 'layer1.conv')
+    add('parametrization', model, 'layer2.blocks.0.conv1')
+    expected = model(x)
+    prune.remove(model.layer1.conv, 'weight')
+    parametrize.remove_parametrizations(model.layer2.blocks[0].conv1, 'weight')
+    assert error(torch.jit.script(model)(x), expected) <= 1e-5
+    assert error(fuse(model)(x), expected) <= 1e-5
+    assert error(fold(model)(x), expected) <= 1e-5
+
+
+@kinds
+@pytest.mark.parametrize('addition', ['pruning', 'parametrization'])
+def test_weight_changed_by_name_is_that_of_every_use(kind: str, addition: str) -> None:
+    model, expected = net(kind), net(kind)
+    x = images(model)
+    before = model(x)
+    add(addition, model, 'layer1.conv')
+    expected.layer1.conv.weight.copy_(model.layer1.conv.weight)
+    assert error(unshared(expected)(x), before) > 1e-2
+    assert error(model(x), unshared(expected)(x)) <= 1e-5
+
+
+@slow_but_for('bottleneck')
+@pytest.mark.parametrize('which', ['shared', pytest.param('folded', marks=slow)])
+@pytest.mark.parametrize('addition', ADDITIONS)
+def test_exported_program_has_the_addition(kind: str, which: str, addition: str) -> None:
+    model = NETS[which](kind)
+    x = images(model)
+    add(addition, model, 'layer1.conv')
+    assert error(torch.export.export(model, (x,)).module()(x), model(x)) <= 1e-5
+
+
+@slow_but_for('bottleneck')
+@pytest.mark.parametrize('addition', ['LoRA', 'bias', 'circular padding'])  # torch.fx sees no others in any net
+def test_unshared_net_with_an_addition_is_right_for_the_tool(kind: str, addition: str) -> None:
+    """The way out that the refusals name."""
+    model = net(kind)
+    x = images(model)
+    add(addition, model, 'layer1.conv')
+    for tool in 'fx fuse', 'jit script':
+        assert error(REWRITERS[tool](unshare(model), x)(x), model(x)) <= 1e-5
+
+
+# ---- Quantization of exported programs (PT2E, torchao)
+
+
+@pytest.fixture
+def pt2e() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return pytest.importorskip('torchao.quantization.pt2e.quantize_pt2e')
+
+
+def exported(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    return torch.export.export(model, (x,)).module()
+
+
+def xnnpack() -> Any:
+    from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
+
+    return XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+
+
+def x86() -> Any:
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as q
+
+    return q.X86InductorQuantizer().set_global(q.get_default_x86_inductor_quantization_config())
+
+
+def quantized_pt2e(quantizer: Callable, model: nn.Module, x: torch.Tensor) -> Tuple[Callable, Callable]:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    prepared = prepare_pt2e(exported(model, x), quantizer())
+    prepared(x)
+    return prepared, convert_pt2e(copy.deepcopy(prepared))
+
+
+PT2E = {name: functools.partial(quantized_pt2e, quantizer) for name, quantizer in [('xnnpack', xnnpack), ('x86', x86)]}
+quantizers = pytest.mark.parametrize('quantizer', PT2E)
+
+
+@pytest.fixture
+def no_qat_patterns(pt2e: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out of `convert_pt2e` what takes 30 s wherever a batch norm is left, and only concerns training."""
+    monkeypatch.setattr(pt2e, '_fold_conv_bn_qat', lambda model: model)
+
+
+@each_net
+def test_batch_norms_of_an_exported_program_are_folded_rightly(kind: str, which: str, pt2e: Any) -> None:
+    from torchao.quantization.pt2e.utils import _fuse_conv_bn_
+
+    model = NETS[which](kind)
+    x = images(model)
+    program = exported(model, x)
+    _fuse_conv_bn_(program)
+    assert error(program(x), model(x)) <= 1e-5
+
+
+def test_tool_is_wrong_where_an_exported_convolution_is_called_twice(pt2e: Any) -> None:
+    """Guards the tests of exported programs."""
+    from torchao.quantization.pt2e.utils import _fuse_conv_bn_
+
+    model, x = CalledTwice().eval(), torch.randn(2, 8, 8, 8)
+    program = exported(model, x)
+    _fuse_conv_bn_(program)
+    assert error(program(x), model(x)) > 0.1
+
+
+@each_net
+@quantizers
+def test_net_prepared_by_pt2e_computes_the_same(
+    kind: str, which: str, quantizer: str, pt2e: Any, no_qat_patterns: None
+) -> None:
+    assert quantization_errors(PT2E[quantizer], kind, which)[0] <= 1e-5
+
+
+@kinds
+@pytest.mark.parametrize('which', ['shared', 'folded', 'unshared'])
+@quantizers
+def test_net_quantized_by_pt2e_is_as_accurate_as_the_twin(
+    kind: str, which: str, quantizer: str, pt2e: Any, no_qat_patterns: None
+) -> None:
+    assert_as_accurate_as_the_twin(PT2E[quantizer], kind, which)
+
+
+@slow_but_for()
+@pytest.mark.parametrize('which', ['shared', 'twin'])
+def test_whole_conversion_by_pt2e_gives_the_same(kind: str, which: str, pt2e: Any) -> None:
+    model = NETS[which](kind)
+    x = images(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pt2e, '_fold_conv_bn_qat', lambda model: model)
+        expected = PT2E['xnnpack'](model, x)[1](x)
+    assert torch.equal(PT2E['xnnpack'](model, x)[1](x), expected)
