@@ -14,6 +14,7 @@ memory and does not copy. Nothing is written if anything is wrong. Exit code 0, 
 """
 
 import argparse
+import copy
 import difflib
 import json
 import logging
@@ -126,8 +127,6 @@ def export_onnx(model: nn.Module, path: Union[str, Path], input_size: Tuple[int,
 class _Half(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        import copy
-
         self.model = copy.deepcopy(model).half()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -144,7 +143,10 @@ def _save(proto: Any, path: Path) -> None:
         item.doc_string = ''
     size = sum(len(tensor.raw_data) for tensor in graph.initializer)
     external = size > EXTERNAL_ABOVE
-    onnx.save(proto, path, save_as_external_data=external, location=path.name + '_data', size_threshold=1024)
+    data = path.with_name(path.name + '_data')
+    onnx.save(proto, path, save_as_external_data=external, location=data.name, size_threshold=1024)
+    if external:
+        data.chmod(path.stat().st_mode)  # onnx lets nobody else read it
 
 
 def quantize(path: Union[str, Path], target: Union[str, Path], batches: Sequence[Any]) -> None:
@@ -244,7 +246,7 @@ for key, value in json.loads(sys.argv[2]).items():
 before = rss()
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=['CPUExecutionProvider'])
 loaded = rss()
-ctypes.CDLL(None).malloc_trim(0)
+getattr(ctypes.CDLL(None), 'malloc_trim', int)(0)  # glibc's
 held = rss()
 node = session.get_inputs()[0]
 images = numpy.zeros([1, *node.shape[1:]], 'float32')
@@ -401,17 +403,18 @@ def export(
         for kind in names.keys() & TOLERANCE.keys():
             export_onnx(folded, paths[kind], size, half=kind == 'fp16')  # type: ignore[arg-type]
         for kind in sorted(names.keys() & TOLERANCE.keys(), reverse=True):
-            output_ = torch.from_numpy(run(open_session(paths[kind]), probe.numpy()))
-            error = ((output_ - expected).abs().max() / expected.abs().max()).item()
+            found = torch.from_numpy(run(open_session(paths[kind]), probe.numpy()))
+            error = ((found - expected).abs().max() / expected.abs().max()).item()
             if not error <= TOLERANCE[kind]:
                 raise ExportError(f'{names[kind]} differs from the net by {error:.1e} of its largest output')
             yield _describe(paths[kind], f'largest difference {error:.0e} of the largest output')
         if images is not None:
             yield from _export_int8(paths['fp32'], paths['int8'], images)
-        for stale in existing:
-            (output.parent / stale).unlink()
-        for path in sorted(Path(temporary).iterdir(), reverse=True):  # the weights before the file that names them
+        written = sorted(Path(temporary).iterdir(), reverse=True)  # the weights before the file that names them
+        for path in written:
             os.replace(path, output.parent / path.name)
+        for stale in set(existing) - {path.name for path in written}:
+            (output.parent / stale).unlink()
 
 
 def _export_int8(path: Path, target: Path, images: _Images) -> Iterator[str]:
