@@ -1,15 +1,5 @@
-"""Fixtures that several files of tests use."""
+"""One thread for each process: the nets here are so small that threads wait for one another, on a busy machine long."""
 
-from typing import Iterator
+import os
 
-import pytest
-import torch
-
-
-@pytest.fixture(scope='module')
-def one_thread() -> Iterator[None]:
-    """For nets so small that threads only wait for one another: ten times as long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch is imported, here and in the processes that tests start

@@ -21,7 +21,6 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from timm_sharesnet import SharedStage, SharingBlock, fold
 from timm_sharesnet.fold import MAX_SHIFT
 
-pytestmark = pytest.mark.usefixtures('one_thread')
 kinds = pytest.mark.parametrize('kind', SMALL)
 slow = pytest.mark.slow
 

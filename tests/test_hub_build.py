@@ -114,7 +114,9 @@ def other_onnx(build, monkeypatch):
     monkeypatch.setattr(build, 'write_onnx', write_onnx)
 
 
-@pytest.mark.parametrize(('last', 'ema', 'better'), [(8, 3, 'EMA'), (3, 8, 'not averaged')])
+@pytest.mark.parametrize(
+    ('last', 'ema', 'better'), [(8, 3, 'EMA'), pytest.param(3, 8, 'not averaged', marks=pytest.mark.slow)]
+)
 def test_train_run_becomes_a_folder_with_the_better_weights(
     build, project, train_run, data, monkeypatch, capsys, request, last, ema, better
 ):

@@ -345,7 +345,7 @@ class Client:
 @pytest.fixture(scope='module')
 def server():
     with HubServer() as server:
-        server.create(REPO, {path.name: path.read_bytes() for path in FOLDER.iterdir()})
+        server.create(REPO, {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.is_file()})
         yield server
 
 

@@ -16,7 +16,6 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from timm_sharesnet import CifarResNetV2, PreActBottleneck, PreActWideBasic, SharedStage, fold, unshare
 
-pytestmark = pytest.mark.usefixtures('one_thread')
 kinds = pytest.mark.parametrize('kind', SMALL)
 CLASSES = {
     'basic': (ResNet, BasicBlock),

@@ -24,10 +24,7 @@ from torch.fx.experimental.optimization import fuse, optimize_for_inference
 
 from timm_sharesnet import fold, unshare
 
-pytestmark = [
-    pytest.mark.usefixtures('one_thread'),
-    pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning'),
-]
+pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
 slow = pytest.mark.slow
 kinds = pytest.mark.parametrize('kind', SMALL)
 
