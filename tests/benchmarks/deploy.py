@@ -161,8 +161,8 @@ def measure(name, args, folder):
                 'peak_mib': peak,
             }
             if (precision, runtime) == ('int8', 'onnxruntime'):  # packs the kernel again for each use
-                new[form]['held_unpacked_mib'] = round(
-                    session_memory(path, {'session.disable_prepacking': '1'}).held, 1
+                new[form]['peak_unpacked_mib'] = round(
+                    session_memory(path, {'session.disable_prepacking': '1'}).peak, 1
                 )
         for batch_size, threads in itertools.product(args.batch_sizes, args.threads):
             images = np.random.default_rng(0).standard_normal((batch_size, *size), 'float32')
