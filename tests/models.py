@@ -4,11 +4,12 @@ A fresh ImageNet net computes without its shared convolutions, because timm star
 zero. `create` therefore gives every batch norm weights and statistics that are not trivial.
 """
 
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import timm
 import torch
 import torch.nn as nn
+from timm.layers import BlurPool2d
 
 from timm_sharesnet import SharingBlock
 
@@ -28,6 +29,36 @@ TWINS = {
     'shawrn40_4': 'wrn40_4',
     'shawrn28_10': 'wrn28_10',
 }
+# What the architecture arguments can vary, on nets of few layers.
+SHALLOW = dict(layers=(2, 2, 2, 2), channels=(16, 24, 32, 40), num_classes=10)
+VARIANTS: List[Tuple[str, Dict[str, Any]]] = [
+    ('sharesnet50', dict(stem_type='deep', stem_width=16)),
+    ('sharesnet50', dict(stem_type='deep_tiered', replace_stem_pool=True)),
+    ('sharesnet34', dict(replace_stem_pool=True)),
+    ('sharesnet50', dict(avg_down=True)),
+    ('sharesnet34', dict(down_kernel_size=3)),
+    ('sharesnet50', dict(aa_layer=BlurPool2d)),
+    ('sharesnet34', dict(aa_layer=nn.AvgPool2d)),
+    ('sharesnet50', dict(cardinality=8, base_width=4)),
+    ('sharesnet50', dict(block_reduce_first=2)),
+    ('sharesnet50', dict(block_args=dict(attn_layer='se'))),
+    ('sharesnet34', dict(block_args=dict(attn_layer='se'))),
+    ('sharesnet50', dict(block_args=dict(attn_layer='cbam'))),  # has batch norms of its own
+    ('sharesnet34', dict(block_args=dict(attn_layer='eca'))),
+    ('sharesnet50', dict(act_layer='silu', global_pool='catavgmax')),
+    ('sharesnet34', dict(act_layer='leaky_relu')),
+    ('sharesnet50', dict(output_stride=8)),
+    ('sharesnet34', dict(output_stride=16)),
+    ('sharesnet50', dict(in_chans=1, num_classes=0)),
+    ('sharesnet50', dict(layers=(3, 1, 2, 1))),
+    ('sharesnet50', dict(drop_rate=0.1, drop_path_rate=0.1, drop_block_rate=0.1)),
+    ('sharesnet34', dict(drop_rate=0.1, drop_path_rate=0.1, drop_block_rate=0.1)),
+    ('sharesnet164_cifar', dict(layers=(2, 1, 3), act_layer='silu', in_chans=1)),
+    ('sharesnet164_cifar', dict(layers=(2, 2, 2), drop_rate=0.1, block_drop_rate=0.1, drop_path_rate=0.1)),
+    ('shawrn40_4', dict(layers=(2, 2, 2), widen_factor=2, num_classes=0)),
+    ('shawrn40_4', dict(layers=(2, 2, 2), widen_factor=1, block_drop_rate=0.1, drop_path_rate=0.1)),
+    ('shawrn40_4', dict(layers=(2, 2, 2), widen_factor=2, block_drop_rate=0.1)),
+]
 SHARED, CIFAR_TWINS = list(TWINS), ['resnet164_cifar', 'wrn40_4', 'wrn28_10', 'resnet92_cifar', 'wrn28_4', 'wrn22_10']
 
 
@@ -61,6 +92,11 @@ def images(model: nn.Module, n: int = 2) -> torch.Tensor:
 def uses(model: nn.Module) -> List[SharingBlock]:
     """The blocks that use the convolution of their stage."""
     return [m for m in model.modules() if isinstance(m, SharingBlock) and m.conv2 is None]
+
+
+def kernels(model: nn.Module) -> int:
+    """Number of 3x3 kernels with weights of their own."""
+    return sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in model.modules())
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

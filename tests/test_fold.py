@@ -11,9 +11,9 @@ import timm
 import torch
 import torch.nn as nn
 from additions import ADDITIONS, add
-from models import SMALL, create, error, images, small, unshared, uses
+from models import SHALLOW, SMALL, VARIANTS, create, error, images, small, unshared, uses
 from safetensors.torch import load_file, save_file
-from timm.layers import BlurPool2d, convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -391,34 +391,6 @@ def test_copy_of_a_folded_net_takes_the_form_that_it_loads(kind: str, clone: Cal
 
 # ---- What can vary
 
-SHALLOW = dict(layers=(2, 2, 2, 2), channels=(16, 24, 32, 40), num_classes=10)
-VARIANTS: List[Tuple[str, Dict[str, Any]]] = [
-    ('sharesnet50', dict(stem_type='deep', stem_width=16)),
-    ('sharesnet50', dict(stem_type='deep_tiered', replace_stem_pool=True)),
-    ('sharesnet34', dict(replace_stem_pool=True)),
-    ('sharesnet50', dict(avg_down=True)),
-    ('sharesnet34', dict(down_kernel_size=3)),
-    ('sharesnet50', dict(aa_layer=BlurPool2d)),
-    ('sharesnet34', dict(aa_layer=nn.AvgPool2d)),
-    ('sharesnet50', dict(cardinality=8, base_width=4)),
-    ('sharesnet50', dict(block_reduce_first=2)),
-    ('sharesnet50', dict(block_args=dict(attn_layer='se'))),
-    ('sharesnet34', dict(block_args=dict(attn_layer='se'))),
-    ('sharesnet50', dict(block_args=dict(attn_layer='cbam'))),  # has batch norms of its own
-    ('sharesnet34', dict(block_args=dict(attn_layer='eca'))),
-    ('sharesnet50', dict(act_layer='silu', global_pool='catavgmax')),
-    ('sharesnet34', dict(act_layer='leaky_relu')),
-    ('sharesnet50', dict(output_stride=8)),
-    ('sharesnet34', dict(output_stride=16)),
-    ('sharesnet50', dict(in_chans=1, num_classes=0)),
-    ('sharesnet50', dict(layers=(3, 1, 2, 1))),
-    ('sharesnet50', dict(drop_rate=0.1, drop_path_rate=0.1, drop_block_rate=0.1)),
-    ('sharesnet34', dict(drop_rate=0.1, drop_path_rate=0.1, drop_block_rate=0.1)),
-    ('sharesnet164_cifar', dict(layers=(2, 1, 3), act_layer='silu', in_chans=1)),
-    ('sharesnet164_cifar', dict(layers=(2, 2, 2), drop_rate=0.1, block_drop_rate=0.1, drop_path_rate=0.1)),
-    ('shawrn40_4', dict(layers=(2, 2, 2), widen_factor=2, num_classes=0)),
-    ('shawrn40_4', dict(layers=(2, 2, 2), widen_factor=1, block_drop_rate=0.1, drop_path_rate=0.1)),
-]
 PLAIN: List[Tuple[str, Dict[str, Any]]] = [
     ('resnet18', {}),
     ('resnet50d', {}),

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 from demo import load_images
-from models import SHARED, SMALL, create, images, small
+from models import SHARED, SMALL, create, images, kernels, small
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
@@ -39,11 +39,6 @@ def slow_but_for(*default: str) -> pytest.MarkDecorator:
 
 
 SIZE = (3, 32, 32)
-
-
-def kernels(model: nn.Module) -> int:
-    """Number of 3x3 kernels with weights of their own."""
-    return sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in model.modules())
 
 
 def uses(model: nn.Module) -> int:

@@ -2,15 +2,14 @@
 
 import copy
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
 from additions import add
-from models import SMALL, TWINS, create, error, images, small, unshared
-from timm.layers import BlurPool2d
+from models import SHALLOW, SMALL, TWINS, VARIANTS, create, error, images, small, unshared
 from timm.models import save_for_hf
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -233,29 +232,6 @@ def test_each_model_becomes_its_twin(name: str) -> None:
     expected = timm.create_model(TWINS[name], device='meta')
     assert type(plain) is type(expected)
     assert {k: v.shape for k, v in plain.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
-
-
-SHALLOW = dict(layers=(2, 2, 2, 2), channels=(16, 24, 32, 40), num_classes=10)
-VARIANTS: List[Tuple[str, Dict[str, Any]]] = [
-    ('sharesnet50', dict(stem_type='deep', stem_width=16)),
-    ('sharesnet50', dict(stem_type='deep_tiered', replace_stem_pool=True)),
-    ('sharesnet50', dict(avg_down=True)),
-    ('sharesnet34', dict(down_kernel_size=3)),
-    ('sharesnet50', dict(aa_layer=BlurPool2d)),
-    ('sharesnet34', dict(aa_layer=nn.AvgPool2d)),
-    ('sharesnet50', dict(cardinality=8, base_width=4)),
-    ('sharesnet50', dict(block_reduce_first=2)),
-    ('sharesnet50', dict(block_args=dict(attn_layer='se'))),
-    ('sharesnet34', dict(block_args=dict(attn_layer='eca'))),
-    ('sharesnet50', dict(act_layer='silu', global_pool='catavgmax')),
-    ('sharesnet50', dict(output_stride=8)),
-    ('sharesnet34', dict(output_stride=16)),
-    ('sharesnet50', dict(in_chans=1, num_classes=0)),
-    ('sharesnet50', dict(layers=(3, 1, 2, 1))),
-    ('sharesnet50', dict(drop_rate=0.1, drop_path_rate=0.1, drop_block_rate=0.1)),
-    ('sharesnet164_cifar', dict(layers=(2, 1, 3), act_layer='silu', in_chans=1)),
-    ('shawrn40_4', dict(layers=(2, 2, 2), widen_factor=2, block_drop_rate=0.1)),
-]
 
 
 @pytest.mark.parametrize('name,kwargs', VARIANTS)
