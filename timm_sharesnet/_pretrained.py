@@ -7,11 +7,13 @@ on the Hub. A user's own sources (`file=`, `url=`, `local-dir:`, `hf-hub:` at an
 it. All must hold exactly the tensors of the model (`checkpoint_filter_fn`).
 """
 
+import difflib
 import hashlib
 import json
 from pathlib import Path
 from typing import Any, Dict, Optional, Union, cast
 
+import timm
 import torch
 import torch.nn as nn
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -135,6 +137,20 @@ def _verify(path: Path, entry: Dict[str, Any], remedy: str) -> None:
             f'{path} is not the published file (SHA-256 {expected}, found {found}). Nothing was loaded: '
             f'{remedy} and try again.'
         )
+
+
+def unknown_model(name: str) -> str:
+    """What to say of a model name, with or without tag, that timm does not know. Empty if it does."""
+    arch, _, tag = name.partition('.')
+    if not timm.is_model(arch):
+        name, known = arch, timm.list_models()
+    elif tag and name not in timm.list_models(f'{arch}.*', include_tags=True):
+        known = timm.list_models(f'{arch}.*', include_tags=True)
+    else:
+        return ''
+    close = difflib.get_close_matches(name, known, 3)
+    meant = f', did you mean {" or ".join(close)}?' if close else '. timm.list_models() has the names.'
+    return f'timm knows no model {name}{meant}'
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:

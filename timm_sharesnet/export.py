@@ -15,7 +15,6 @@ memory and does not copy. Nothing is written if anything is wrong. Exit code 0, 
 
 import argparse
 import copy
-import difflib
 import json
 import logging
 import math
@@ -34,6 +33,7 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.models import load_state_dict
 from timm.utils import ParseKwargs
 
+from ._pretrained import unknown_model
 from .fold import fold
 
 __all__ = [
@@ -318,10 +318,8 @@ def load_model(
     Raises:
         ExportError: If there is no such model, or the weights are not its own.
     """
-    if ':' not in name and not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(include_tags=True), 3)
-        meant = f', did you mean {" or ".join(close)}?' if close else '. timm.list_models() has the names.'
-        raise ExportError(f'timm knows no model {name}{meant}')
+    if ':' not in name and unknown_model(name):
+        raise ExportError(unknown_model(name))
     kwargs = {'num_classes': num_classes, 'in_chans': in_chans, **(model_kwargs or {})}
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     state_dict = None
