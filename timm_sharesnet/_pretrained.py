@@ -153,6 +153,20 @@ def unknown_model(name: str) -> str:
     return f'timm knows no model {name}{meant}'
 
 
+def drop_repeated_args(config: Path) -> None:
+    """Rewrite a config.json that timm wrote without what its `model_args` repeat of the rest.
+
+    transformers passes `num_classes` beside `model_args` and fails where that has it, too
+    (huggingface/transformers#34564). timm takes it from the top level.
+    """
+    content = json.loads(config.read_text(encoding='utf-8'))
+    args = content.pop('model_args', {})
+    args.pop('num_classes', None)
+    if args:
+        content['model_args'] = args
+    config.write_text(json.dumps(content, indent=2), encoding='utf-8')
+
+
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Refuse a checkpoint that does not match the model, whatever strictness timm loads with.
 
