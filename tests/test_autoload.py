@@ -44,7 +44,7 @@ def test_explicit_import_before_timm_registers_with_the_hook_off():
 
 def test_import_torch_loads_neither_timm_nor_the_models():
     code = "import sys, torch; print(sorted(m for m in sys.modules if m.split('.')[0] in ('timm', 'timm_sharesnet')))"
-    assert run(code)[0] == "['timm_sharesnet', 'timm_sharesnet._autoload']"
+    assert run(code)[0] == '[]'
 
 
 def test_hook_imports_the_standard_library_only():
@@ -62,11 +62,11 @@ print(sorted(m for m in set(sys.modules) - before if m.split('.')[0] not in sys.
 @pytest.mark.parametrize(
     'imports', ['import timm', 'import timm, timm_sharesnet', 'import torch, timm_sharesnet, timm']
 )
-def test_broken_plugin_leaves_timm_working_and_warns_once(imports, options):
+def test_broken_plugin_leaves_timm_working_and_warns(imports, options):
     code = f"import sys; sys.modules['timm_sharesnet.resnet'] = None; {imports}; print(timm.is_model('resnet50'))"
     out, err = run(code, *options)
     assert out == 'True'
-    assert err.count('RuntimeWarning: timm-sharesnet could not register its models') == 1
+    assert err.count('RuntimeWarning: timm-sharesnet could not register its models') == 1 + ('timm, ' in imports)
     assert 'timm_sharesnet.resnet' in err  # why
 
 
@@ -99,13 +99,65 @@ if __name__ == '__main__':
     assert run(code)[0] == "['sharesnet50']"
 
 
-def test_hook_leaves_the_import_system_as_it_was():
+def test_hook_leaves_the_module_as_it_was():
     code = """
-import inspect, sys, timm.models
+import inspect, timm.models
 print(type(timm.models.__loader__).__name__, 'create_model' in inspect.getsource(timm.models))
-print([finder for finder in sys.meta_path if type(finder).__module__.startswith('timm_sharesnet')])
 """
-    assert run(code)[0] == 'SourceFileLoader True\n[]'
+    assert run(code)[0] == 'SourceFileLoader True'
+
+
+FORGET = 'for name in [name for name in sys.modules if name.split(".")[0] == {!r}]: del sys.modules[name]\n'
+OTHER_PLUGIN = """
+class Other:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'timm.models':
+            return next(filter(None, (f.find_spec(name, path, target) for f in sys.meta_path if f is not self)))
+"""
+INSTRUMENTATION = """
+class Instrumentation:  # of jaxtyping and typeguard
+    def find_spec(self, name, path=None, target=None):
+        from importlib.machinery import PathFinder
+        return PathFinder.find_spec(name, path, target) if name.split('.')[0] in {} else None
+"""
+
+
+@pytest.mark.parametrize(
+    'code',
+    [
+        'import timm_sharesnet\n' + FORGET.format('timm_sharesnet') + 'import timm_sharesnet',
+        'import importlib, timm_sharesnet\n'
+        'importlib.reload(timm_sharesnet._autoload); importlib.reload(timm_sharesnet)',
+        'import timm\n' + FORGET.format('timm'),
+        'import timm, timm_sharesnet.fold\n' + FORGET.format('timm') + 'import timm\n' + FORGET.format('timm'),
+        f'{OTHER_PLUGIN}\nsys.meta_path.insert(0, Other())',
+        f'{OTHER_PLUGIN}\nsys.meta_path.append(Other())',
+        f'{INSTRUMENTATION.format(["timm"])}\nsys.meta_path.insert(0, Instrumentation())',
+        f'{INSTRUMENTATION.format(["timm", "apex", "torchvision"])}\nsys.meta_path.insert(0, Instrumentation())\n'
+        'import timm, timm_sharesnet',
+    ],
+    ids=[
+        'the package was imported twice',
+        'the package was reloaded',
+        'timm was dropped',
+        'timm was dropped twice',
+        'another plugin is in front',
+        'another plugin is behind',
+        'another finder takes timm',
+        'another finder takes everything',
+    ],
+)
+def test_models_are_registered_once_where(code):
+    check = "print(timm.list_models('sharesnet50'), isinstance(model, timm_sharesnet.ShaResNet))"
+    create = "import timm, timm_sharesnet; model = timm.create_model('sharesnet50', device='meta')"
+    out, err = run(f'import sys, torch\n{code}\n{create}; {check}')
+    assert out == "['sharesnet50'] True"
+    assert 'Overwriting' not in err and 'Warning' not in err
+
+
+def test_explicit_import_registers_with_the_timm_that_is_there_with_the_hook_off():
+    code = f'import sys, timm, timm_sharesnet\n{FORGET.format("timm")}import timm; {CREATE}'
+    assert run(code, TIMM_SHARESNET_AUTOLOAD='0')[0] == 'ShaResNet'
 
 
 def test_public_names_are_lazy_and_complete():

@@ -20,13 +20,16 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn as nn
 from demo import load_images
 from hub_server import Blob, Commit, Failure, HubServer, Repo
 
 import timm_sharesnet
+from timm_sharesnet import _pretrained
 
 PACKAGE = Path(timm_sharesnet.__file__).parent
-HUB = Path(__file__).parents[1] / 'hub'
+ROOT = Path(__file__).parents[1]
+HUB = ROOT / 'hub'
 NAME = 'sharesnet164_cifar.cpu_c10'  # in the package
 FOLDER = HUB / NAME
 WEIGHTS = (FOLDER / 'model.safetensors').read_bytes()
@@ -160,14 +163,32 @@ def test_default_tag(arch, tag):
     assert timm.get_pretrained_cfg(arch).tag == tag
 
 
-@pytest.mark.parametrize(
-    'name', sorted(set(timm.list_models(OURS, include_tags=True)) - set(timm.list_pretrained(OURS)))
-)
-def test_unpublished_weights_are_refused_with_what_to_do_and_without_network(name, no_network):
-    with pytest.raises(RuntimeError) as e:
+UNPUBLISHED = sorted(set(timm.list_models(OURS, include_tags=True)) - set(timm.list_pretrained(OURS)))
+
+
+@pytest.mark.parametrize('name', UNPUBLISHED)
+def test_unpublished_weights_are_refused_with_what_their_user_can_do_and_without_network(name, no_network):
+    arch = name.partition('.')[0]
+    with pytest.raises(RuntimeError, match=f'^No weights are published for {name} yet') as e:
         timm.create_model(name, pretrained=True)
-    for part in (f'published for {name} yet', f'local-dir:hub/{name}', 'import_torch7.py', 'train_configs/README.md'):
-        assert part in str(e.value)
+    message = str(e.value)
+    for part in 'train_configs/', "dict(file='model.safetensors')", 'pretrained=False':
+        assert part in message
+    imported = re.fullmatch(r'sharesnet\d+', arch) is not None  # the nets of which the author published weights
+    assert (
+        imported == ('https://github.com/aboulch/sharesnet' in message) == (f"load_torch7(FILE, '{arch}')" in message)
+    )
+    assert ('sharesnet164_cifar.cpu_c10' in message) == (arch == 'sharesnet164_cifar')
+    assert 'local-dir:' not in message  # there is no such folder
+
+
+def test_folder_of_a_clone_that_has_the_weights_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(_pretrained, '__file__', str(tmp_path / 'timm_sharesnet' / '_pretrained.py'))
+    folder = tmp_path / 'hub' / 'shawrn40_4.modern_c10'
+    folder.mkdir(parents=True)
+    (folder / 'model.safetensors').touch()
+    with pytest.raises(RuntimeError, match=re.escape(f"timm.create_model('local-dir:{folder}', pretrained=True)")):
+        timm.create_model('shawrn40_4', pretrained=True)
 
 
 # The weights that travel in the package
@@ -188,6 +209,53 @@ def test_packaged_weights_classify_real_images_as_measured():
     wrong = (predictions != torch.tensor(labels)).nonzero().flatten().tolist()
     expected = json.loads((HUB / 'manifest.json').read_text())[NAME]['sample']['wrong']
     assert len(set(wrong) ^ set(expected)) <= 3  # other CPUs round differently
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch):
+    """A copy of the packaged file, which the package takes for its own."""
+    path = tmp_path / f'{NAME}.safetensors'
+    shutil.copyfile(PACKAGE / 'weights' / path.name, path)
+    monkeypatch.setattr(_pretrained, '_WEIGHTS_DIR', tmp_path)
+    return path
+
+
+def load_packaged(path):
+    return timm.create_model('sharesnet164_cifar', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+
+
+def test_bytes_that_were_hashed_are_those_that_are_loaded(packaged, monkeypatch):
+    sha256 = hashlib.sha256
+
+    def swap(data):
+        packaged.write_bytes(safetensors.torch.save({'other': torch.zeros(3)}))
+        return sha256(data)
+
+    monkeypatch.setattr(_pretrained.hashlib, 'sha256', swap)
+    assert_equal(load_packaged(packaged).state_dict(), safetensors.torch.load(WEIGHTS))
+    assert packaged.stat().st_size < 1000
+
+
+def test_file_of_another_size_is_not_read(packaged, monkeypatch):
+    os.truncate(packaged, 12 << 30)  # sparse
+    monkeypatch.setattr(Path, 'open', None)
+    monkeypatch.setattr(Path, 'read_bytes', None)
+    with pytest.raises(RuntimeError, match=f'found 12884901888 bytes instead of {len(WEIGHTS)}'):
+        load_packaged(packaged)
+
+
+def test_model_does_not_keep_the_tensors_that_it_was_loaded_from():
+    assert 'state_dict' not in timm.create_model('sharesnet164_cifar', pretrained=True).pretrained_cfg
+    features = timm.create_model('sharesnet164_cifar', pretrained=True, features_only=True)
+    assert 'state_dict' not in features.pretrained_cfg
+
+
+@pytest.mark.parametrize('name', ['sharesnet164_cifar', 'wrn28_10'])
+def test_cfg_names_the_classes_unless_the_model_has_others(name):
+    cfg = timm.create_model(name, device='meta').pretrained_cfg
+    sample = json.loads((ROOT / 'tests' / 'data' / f'cifar{cfg["num_classes"]}_test_1000.json').read_text())
+    assert list(cfg['label_names']) == sample['classes']
+    assert 'label_names' not in timm.create_model(name, device='meta', num_classes=5).pretrained_cfg
 
 
 # A user's own files and folders. Their bytes are not compared, their tensors are.
@@ -288,6 +356,100 @@ def test_own_source_wins_over_that_of_the_tag(name, source, small, write, monkey
     }[source]
     model = timm.create_model(name, pretrained=True, **SMALL, **kwargs)
     assert_equal(model.state_dict(), small.tensors, but=('fc.',) if source == 'train.py' else ())
+
+
+@pytest.fixture(params=['file', 'state_dict', 'url', 'local-dir'])
+def load_head(request, small, write, tmp_path):
+    """Load a checkpoint with a classifier of 5 classes, whose cfg says 10."""
+    torch.manual_seed(1)
+    tensors = timm.create_model('sharesnet164_cifar', num_classes=5, **SMALL).state_dict()
+    folder = write(safetensors.torch.save(tensors))
+    torch.save(tensors, tmp_path / 'tuned.pth')
+    source = {
+        'file': dict(file=str(tmp_path / 'tuned.pth')),
+        'state_dict': dict(state_dict=dict(tensors)),
+        'url': dict(url=(tmp_path / 'tuned.pth').as_uri()),
+    }.get(request.param)
+
+    def load(overlay=None, **kwargs):
+        if source is None:
+            return load_folder(folder, pretrained_cfg_overlay=overlay, **kwargs)
+        overlay = {**source, **(overlay or {})}
+        kwargs = dict(pretrained_cfg_overlay=overlay, cache_dir=tmp_path / 'cache', **SMALL, **kwargs)
+        return timm.create_model('sharesnet164_cifar', pretrained=True, **kwargs)
+
+    return SimpleNamespace(load=load, tensors=tensors)
+
+
+def test_classifier_that_fits_the_model_is_loaded_whatever_the_cfg_says(load_head):
+    model = load_head.load(num_classes=5)
+    assert_equal(model.state_dict(), load_head.tensors)
+    assert model.pretrained_cfg['num_classes'] == 5 and 'label_names' not in model.pretrained_cfg
+
+
+def test_classifier_that_does_not_fit_is_refused_with_the_cure_or_left_out_where_that_was_asked_for(load_head):
+    with pytest.raises(RuntimeError, match=r'fc.bias has shape \(5,\) instead of \(10,\): pass num_classes=5, or'):
+        load_head.load()
+    for kwargs in (
+        dict(overlay=dict(num_classes=-1)),
+        dict(overlay=dict(num_classes=-1), num_classes=5),
+        dict(num_classes=7),
+        dict(num_classes=0),
+        dict(features_only=True),
+    ):
+        model = load_head.load(**kwargs)
+        assert torch.equal(model.state_dict()['conv1.weight'], load_head.tensors['conv1.weight'])
+        assert not torch.equal(
+            getattr(model, 'fc', nn.Linear(256, 5)).state_dict().get('weight', torch.empty(0)),
+            load_head.tensors['fc.weight'],
+        )
+
+
+@pytest.mark.parametrize('name', ['conv1.weight', 'layer2.conv.weight', 'fc.weight'])
+@pytest.mark.parametrize(
+    'change, reason',
+    [
+        (lambda t: t * torch.nan, 'has values that are not finite'),
+        (lambda t: t / 0, 'has values that are not finite'),
+        (lambda t: t.to(torch.int8), 'is torch.int8 instead of torch.float32'),
+        (lambda t: t > 0, 'is torch.bool instead of torch.float32'),
+        (lambda t: t.to(torch.complex64), 'is torch.complex64 instead of torch.float32'),
+        (lambda t: t.to_sparse(), 'is a sparse tensor'),
+        (lambda t: t.to('meta'), 'is a meta tensor'),
+        (lambda t: t.tolist(), 'is no tensor but a list'),
+    ],
+    ids='NaN infinite int8 bool complex sparse meta list'.split(),
+)
+def test_tensors_that_cannot_be_weights_are_refused(name, change, reason, small):
+    tensors = {**small.tensors, name: change(small.tensors[name])}
+    with pytest.raises(RuntimeError, match=f'{name} {reason}'):
+        timm.create_model(
+            'sharesnet164_cifar', pretrained=True, pretrained_cfg_overlay=dict(state_dict=tensors), **SMALL
+        )
+
+
+def test_statistics_that_cannot_be_are_refused(small):
+    for name, tensor in {
+        'norm.running_var': -torch.ones(256),
+        'norm.num_batches_tracked': torch.tensor(True),
+    }.items():
+        with pytest.raises(RuntimeError, match=f'nothing was loaded: {name} '):
+            overlay = dict(state_dict={**small.tensors, name: tensor})
+            timm.create_model('sharesnet164_cifar', pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_weights_of_other_precision_load(dtype, small):
+    tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in small.tensors.items()}
+    overlay = dict(state_dict=tensors)
+    model = timm.create_model('sharesnet164_cifar', pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+    assert_equal(model.state_dict(), {k: v.to(small.tensors[k].dtype) for k, v in tensors.items()})
+
+
+@pytest.mark.parametrize('name', ['sharesnet164_cifar', 'sharesnet50'])
+def test_empty_state_dict_is_refused(name):
+    with pytest.raises(ValueError, match='state_dict is empty'):
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(state_dict={}))
 
 
 # The Hub
@@ -411,6 +573,14 @@ def downloads(hub):
     return [request for request in hub.requests if request.startswith('GET /lfs/')]
 
 
+def replace(hub, weights):
+    """Let the repository hold other weights at the same commit."""
+    blob = Blob(weights, lfs=True)
+    hub.repos[REPO].head.files['model.safetensors'] = blob
+    hub.lfs = {**hub.lfs, blob.oid: weights}
+    return blob
+
+
 def test_published_weights_are_listed(client):
     assert client.hello.listed == [NAME, PUBLISHED]
 
@@ -478,11 +648,23 @@ def test_download_cut_half_way_is_finished(client, hub, expected, cache):
 
 @pytest.mark.parametrize('name', [PUBLISHED, f'hf-hub:{REPO}@PIN'])
 @parametrize_damage(DAMAGED)
-def test_other_bytes_at_the_pinned_commit_are_not_downloaded(name, damage, client, hub, pin, cache, mark):
-    hub.repos[REPO].head.files['model.safetensors'] = Blob(damage(WEIGHTS, mark), lfs=True)
+def test_other_bytes_at_the_pinned_commit_are_not_loaded_and_of_another_size_not_downloaded(
+    name, damage, client, hub, pin, cache, mark
+):
+    other = damage(WEIGHTS, mark)
+    replace(hub, other)
     loaded = client.load(name.replace('PIN', pin), cache_dir=cache)
-    assert loaded.error == 'RuntimeError' and 'does not hold the published model.safetensors' in loaded.message
-    assert not downloads(hub)
+    assert loaded.error == 'RuntimeError'
+    if len(other) == len(WEIGHTS):
+        assert 'is not the published file' in loaded.message
+    else:
+        assert 'does not hold the published model.safetensors' in loaded.message
+        assert not downloads(hub)
+
+
+def test_mirror_with_another_etag_but_the_published_bytes_is_taken(client, hub, expected, cache):
+    hub.repos[REPO].head.files['model.safetensors'] = Blob(WEIGHTS, lfs=False)  # its ETag is then git's SHA-1
+    assert client.load(PUBLISHED, cache_dir=cache).outputs == expected['as it is']
 
 
 @parametrize_damage(DAMAGED)
@@ -533,14 +715,13 @@ def test_other_bytes_in_the_package_are_not_loaded(damage, client, package, mark
 @pytest.mark.parametrize('name', [PUBLISHED, f'hf-hub:{REPO}@PIN'])
 @pytest.mark.parametrize('same_commit', [False, True])
 def test_repository_that_redirects_to_other_bytes_is_refused(name, same_commit, client, hub, pin, cache):
-    files = {**hub.repos[REPO].head.files, 'model.safetensors': Blob(flipped(WEIGHTS, None), lfs=True)}
-    commit = Commit('impostor', files)
+    files = hub.repos[REPO].head.files
+    commit = Commit('impostor', {**files, 'model.safetensors': replace(hub, flipped(WEIGHTS, None))})
     commit.oid = pin if same_commit else commit.oid
     hub.repos['impostor/net'] = Repo(False, [commit])
     hub.renamed[REPO] = 'impostor/net'
     loaded = client.load(name.replace('PIN', pin), cache_dir=cache)
     assert loaded.error in ('RuntimeError', 'RevisionNotFoundError')
-    assert not downloads(hub)
 
 
 def test_pinned_weights_have_no_other_file_to_fall_back_to(client, hub, cache, mark):

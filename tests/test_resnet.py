@@ -1,7 +1,7 @@
 """The ImageNet nets: what the paper and the author's code say of them, and equality with timm's ResNet."""
 
 import math
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import pytest
 import timm
@@ -136,6 +136,13 @@ def test_device_and_dtype_reach_every_tensor() -> None:
     model = timm.create_model('sharesnet50', device='meta', dtype=torch.bfloat16)
     floats = [t for t in model.state_dict().values() if t.is_floating_point()]
     assert {(t.device.type, t.dtype) for t in floats} == {('meta', torch.bfloat16)}
+
+
+@pytest.mark.parametrize('name', ['sharesnet34', 'sharesnet50'])
+@pytest.mark.parametrize('layers', [(), (3, 3, 3), (1, 1, 1, 1, 1), (0, 1, 1, 1)])
+def test_layers_that_are_not_four_stages_are_refused(name: str, layers: Tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match='layers must be four positive numbers of blocks'):
+        timm.create_model(name, layers=layers)
 
 
 def test_unknown_argument_is_a_type_error() -> None:

@@ -152,6 +152,25 @@ def test_head_follows_the_pooling(pool: str) -> None:
         assert model(x).shape == (2, 256, 8, 8)
 
 
+@pytest.mark.parametrize('name', ['sharesnet164_cifar', 'shawrn40_4', 'wrn40_4'])
+def test_norms_that_return_their_input_leave_shortcuts_and_intermediates_alone(name: str) -> None:
+    class Keep(nn.Module):
+        def __init__(self, chs: int, **_: Any) -> None:
+            super().__init__()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+    small: Dict[str, Any] = dict(layers=(2, 2, 2), widen_factor=1)
+    x = torch.randn(2, 3, 32, 32)
+    expected = timm.create_model(name, norm_layer=Keep, **small).eval()
+    model = timm.create_model(name, norm_layer=nn.Identity, **small).eval()
+    model.load_state_dict(expected.state_dict())
+    torch.testing.assert_close(model(x), expected(x))
+    for a, b in zip(model.forward_intermediates(x)[1], expected.forward_intermediates(x)[1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize('size,features', [((32, 32), (8, 8)), ((64, 64), (16, 16)), ((40, 24), (10, 6))])
 def test_image_size_is_free(size: Tuple[int, int], features: Tuple[int, int]) -> None:
     model = timm.create_model('shawrn40_4', layers=(1, 1, 1), widen_factor=1)

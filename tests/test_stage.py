@@ -3,7 +3,7 @@
 import copy
 import pickle
 from collections import Counter
-from typing import Any
+from typing import Any, Dict
 
 import pytest
 import timm
@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from models import SMALL, images, shared_name, small, unshared
 from safetensors.torch import load_file, save_file
-from timm.models import save_for_hf
+from timm.models import checkpoint_seq, save_for_hf
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch.func import functional_call
@@ -267,14 +267,46 @@ def test_features_only_gives_the_intermediates(kind: str) -> None:
     assert torch.equal(model.forward_head(final), model(x))
 
 
+def test_stage_is_indexed_iterated_and_measured_over_its_blocks(kind: str) -> None:
+    model = small(kind)
+    stage = model.layer3
+    assert list(stage) == list(stage.blocks) and len(stage) == len(stage.blocks)
+    assert stage[0] is stage.blocks[0] and stage[-1] is stage.blocks[-1]
+    assert list(stage[1:]) == list(stage.blocks)[1:]
+    with pytest.raises(IndexError):
+        stage[len(stage)]
+
+
+def test_last_block_of_a_stage_is_a_target_for_grad_cam(kind: str) -> None:
+    model = small(kind)
+    seen: Dict[str, torch.Tensor] = {}
+    model.layer3[-1].register_forward_hook(lambda _module, _args, output: seen.update(activations=output))
+    model.layer3[-1].register_full_backward_hook(lambda _module, _inputs, outputs: seen.update(gradients=outputs[0]))
+    x = images(model)
+    model(x)[:, 0].sum().backward()
+    assert torch.equal(seen['activations'], model.layer3(model.layer2(model.forward_intermediates(x)[1][1])))
+    assert seen['gradients'].shape == seen['activations'].shape and seen['gradients'].any()
+
+
 # ---- Errors
 
 
 def test_a_block_without_a_convolution_says_whose_it_needs(kind: str) -> None:
     model = small(kind)
     block = model.layer1.blocks[1]
-    with pytest.raises(AssertionError, match="the 3x3 of this block is its stage's"):
+    with pytest.raises(RuntimeError, match="The 3x3 of this block is its stage's: call the stage"):
         block(torch.randn(1, block.conv1.in_channels, 8, 8))
+
+
+def test_timm_s_checkpointing_of_flattened_stages_cannot_run_blocks_without_the_shared_convolution(kind: str) -> None:
+    model = small(kind)
+    x = model.layer1(model.forward_intermediates(images(model), intermediates_only=True)[0])
+    for stages in [model.layer2], [model.layer2, model.layer3]:
+        with pytest.raises(RuntimeError, match="The 3x3 of this block is its stage's"):
+            checkpoint_seq(stages, x, flatten=True)
+    twin = unshared(model)  # each block has its own, as in a stage that shares nothing
+    if isinstance(twin.layer2, SharedStage):
+        torch.testing.assert_close(checkpoint_seq([twin.layer2], x, flatten=True), twin.layer2(x))
 
 
 def test_convolutions_that_differ_are_not_shared(kind: str) -> None:

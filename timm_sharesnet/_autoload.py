@@ -9,34 +9,60 @@ with torch's own TORCH_DEVICE_BACKEND_AUTOLOAD=0); `import timm_sharesnet` regis
 import os
 import sys
 
+_PACKAGE = __name__.rpartition('.')[0]
+
 
 def autoload():
     """Entry point that torch calls at the end of `import torch`."""
     if os.environ.get('TIMM_SHARESNET_AUTOLOAD') != '0':
         install()
-    elif _Finder not in [type(finder) for finder in sys.meta_path]:
-        # torch imported the package to find this function. Forget that, so that a later `import timm_sharesnet` runs.
-        sys.modules.pop('timm_sharesnet._autoload', None)
-        sys.modules.pop('timm_sharesnet', None)
+    if _BY_TORCH:
+        # Forget what was imported to find this function, so that a later `import timm_sharesnet` runs, which registers
+        # models that are missing.
+        sys.modules.pop(__name__, None)
+        sys.modules.pop(_PACKAGE, None)
 
 
 def install():
-    """Register the models now if `timm.models` is imported, otherwise as soon as it is."""
+    """Register the models if `timm.models` is imported and does not have them, and whenever it is imported (again)."""
+    # By name, as an earlier import of this file made another class
+    ours = [finder for finder in sys.meta_path if _name(type(finder)) == _name(_Finder)]
+    for finder in ours:
+        sys.meta_path.remove(finder)
+    sys.meta_path.insert(0, _Finder())
     models = sys.modules.get('timm.models')
-    if models is not None and not getattr(getattr(models, '__spec__', None), '_initializing', False):
+    if models is not None and not _initializing(models):
         _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
 
 
 def importing_torch():
     """True inside `import torch`, that is if torch's entry points import this package and not the user."""
-    return getattr(getattr(sys.modules.get('torch'), '__spec__', None), '_initializing', False)
+    return _initializing(sys.modules.get('torch'))
+
+
+def _initializing(module):
+    return getattr(getattr(module, '__spec__', None), '_initializing', False)
+
+
+def _name(cls):
+    return cls.__module__, cls.__qualname__
 
 
 def _register():
     try:
-        from . import resnet, resnetv2  # noqa: F401
+        from importlib import import_module
+
+        from timm.models import is_model
+
+        families = {f'{_PACKAGE}.resnet': 'sharesnet50', f'{_PACKAGE}.resnetv2': 'sharesnet164_cifar'}
+        if all(map(is_model, families.values())):
+            return
+        before = [sys.modules[family] for family in families if sys.modules.get(family)]
+        if before and not any(map(_initializing, before)):  # made with another import of timm, whose registry has gone
+            for name in [name for name in sys.modules if name.startswith(f'{_PACKAGE}.') and name != __name__]:
+                del sys.modules[name]
+        for family in families:
+            import_module(family)
     except Exception as e:
         _warn(f'timm-sharesnet could not register its models, timm works without them: {type(e).__name__}: {e}')
 
@@ -53,26 +79,41 @@ def _warn(message):
 class _Finder:
     """Finds `timm.models` as usual, and registers the models once its code has run."""
 
+    finding = False
+
     def find_spec(self, fullname, path=None, target=None):
+        if self.finding:  # asked by another finder that we ask
+            return None
         if fullname != 'timm.models':
+            # What is in front of us may take timm.models for itself, as hooks that instrument a package do. timm asks
+            # for modules that such a hook does not want before (apex), which is the time to get there first.
+            if self in sys.meta_path[1:]:
+                sys.meta_path.remove(self)
+                sys.meta_path.insert(0, self)
             return None
-        for finder in sys.meta_path:
-            if finder is self or not hasattr(finder, 'find_spec'):  # Python skips those without, too
-                continue
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None:
-                break
-        else:
-            return None
-        if not hasattr(spec.loader, 'exec_module'):  # a folder without __init__.py, which is not timm's
+        self.finding = True
+        try:
+            spec = self._find_spec(fullname, path, target)
+        finally:
+            self.finding = False
+        if not hasattr(getattr(spec, 'loader', None), 'exec_module'):  # not found, or a folder that is not timm's
             return spec
-        loader, exec_module = spec.loader, spec.loader.exec_module
+        exec_module = spec.loader.exec_module
 
         def exec_module_and_register(module):
             exec_module(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
             _register()
 
-        loader.exec_module = exec_module_and_register
+        spec.loader.exec_module = exec_module_and_register
         return spec
+
+    def _find_spec(self, fullname, path, target):
+        for finder in sys.meta_path:
+            if finder is not self and hasattr(finder, 'find_spec'):  # Python skips those without, too
+                spec = finder.find_spec(fullname, path, target)
+                if spec is not None:
+                    return spec
+        return None
+
+
+_BY_TORCH = importing_torch()

@@ -10,19 +10,23 @@ it. All must hold exactly the tensors of the model (`checkpoint_filter_fn`).
 import difflib
 import hashlib
 import json
+from functools import partial
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
-from typing import Any, Dict, Optional, Union, cast
+from typing import Any, Dict, List, Optional, Tuple, Type, Union, cast
 
+import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import LocalEntryNotFoundError
-from timm.models import resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 
 _WEIGHTS_DIR = Path(__file__).parent / 'weights'
 _MANIFEST: Dict[str, Dict[str, Any]] = json.loads((Path(__file__).parent / 'weights.json').read_text())
 _FILENAME = 'model.safetensors'  # one request, and no pickle that timm would fall back to
+_AUTHOR = 'https://github.com/aboulch/sharesnet#pre-trained-models'  # of ImageNet nets
 _TIMEOUT = 5  # seconds until a silent network counts as dead
 
 
@@ -44,6 +48,23 @@ def _sources(name: str, entry: Dict[str, Any]) -> Dict[str, str]:
     return sources
 
 
+def create(model_cls: Type[nn.Module], variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
+    """timm's `build_model_with_cfg`, with weights that were verified, and loaded from the bytes that were.
+
+    Raises:
+        See `resolve_weights` and `checkpoint_filter_fn`.
+    """
+    filter_fn = partial(checkpoint_filter_fn, features_only=kwargs.get('features_only', False))
+    if pretrained:
+        kwargs['pretrained_cfg_overlay'] = resolve_weights(variant, **kwargs)
+    model: Any = build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=filter_fn, **kwargs)
+    cfg = model.pretrained_cfg
+    cfg.pop('state_dict', None)  # loaded, and of no use to whoever saves the model
+    if getattr(model, 'num_classes', None) != cfg.get('num_classes'):
+        cfg.pop('label_names', None)  # they are not the model's
+    return model
+
+
 def resolve_weights(
     variant: str,
     pretrained_cfg: Optional[Union[str, Dict[str, Any]]] = None,
@@ -60,11 +81,12 @@ def resolve_weights(
         cache_dir: As for `timm.create_model`.
 
     Returns:
-        The overlay to build the model with. For weights that the package pins it names the verified file.
+        The overlay to build the model with. For weights that the package pins it has their tensors.
 
     Raises:
         FileNotFoundError: If the file that the user asked for is not there.
         RuntimeError: If no weights are published, they cannot be fetched, or they are not the published ones.
+        ValueError: If the user's state dict is empty.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     if any(overlay.get(key) for key in ('state_dict', 'file', 'hf_hub_id', 'url')):
@@ -73,13 +95,16 @@ def resolve_weights(
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
 
     # timm's order: what the model name's prefix says, then state_dict, file, hf_hub_id, url
+    if cfg.state_dict is not None and not cfg.state_dict:  # timm would take the next source
+        raise ValueError('state_dict is empty: pass the tensors of the model, or leave it out.')
     if cfg.source == 'local-dir' or (cfg.source != 'hf-hub' and cfg.state_dict):
         return overlay
     if cfg.source != 'hf-hub' and cfg.file:
         path = Path(cfg.file)
         if path.parent == _WEIGHTS_DIR:
-            _verify(path, _MANIFEST.get(path.stem, {}), 'run pip install --force-reinstall --no-deps timm-sharesnet')
-        elif not path.is_file():
+            remedy = 'run pip install --force-reinstall --no-deps timm-sharesnet'
+            return {**overlay, 'state_dict': _read(path, _MANIFEST.get(path.stem, {}), remedy)}
+        if not path.is_file():
             raise FileNotFoundError(f'There is no file {path} to load weights from.')  # timm's own error has no text
         return overlay
     if cfg.hf_hub_id:
@@ -87,25 +112,50 @@ def resolve_weights(
         for entry in _MANIFEST.values():
             if revision and revision == entry.get('revision'):
                 path = _fetch(repo, entry, cache_dir)
-                _verify(path, entry, f'delete {path.resolve()}')  # the blob: the path is the cache's link to it
-                return {**overlay, 'source': None, 'file': str(path)}
+                # The blob: the path is the cache's link to it
+                return {**overlay, 'source': None, 'state_dict': _read(path, entry, f'delete {path.resolve()}')}
         return overlay
     if cfg.url or not cfg.tag:  # without a tag it is a user's own cfg, and timm says what that lacks
         return overlay
-    name = f'{variant}.{cfg.tag}'
-    raise RuntimeError(
-        f'No weights are published for {name} yet. From a clone that has them in hub/: '
-        f"timm.create_model('local-dir:hub/{name}', pretrained=True). From the original author's Torch7 file: "
-        f'hub/import_torch7.py or timm_sharesnet.load_torch7. By training: the commands of train_configs/README.md. '
-        f"From a file of your own: pretrained_cfg_overlay=dict(file='model.safetensors'). Without: pretrained=False."
-    )
+    raise RuntimeError(_no_weights(variant, cfg.tag))
+
+
+def _no_weights(variant: str, tag: str) -> str:
+    """What a user can do who asked for weights that are not published."""
+    name, ways = f'{variant}.{tag}', []
+    others = timm.list_pretrained(f'{variant}.*')
+    if others:
+        ways.append(f"others are there: timm.create_model('{others[0]}', pretrained=True)")
+    folder = Path(__file__).parents[1] / 'hub' / name  # of a clone
+    if (folder / _FILENAME).is_file():
+        ways.append(f"they lie in this clone: timm.create_model('local-dir:{folder}', pretrained=True)")
+    if f'{variant}.torch7_in1k' in timm.list_models(f'{variant}.*', include_tags=True):
+        ways.append(
+            f"the author's Torch7 file is linked on {_AUTHOR}: model.load_state_dict(timm_sharesnet.load_torch7(FILE, "
+            f"'{variant}')) (pip install 'timm-sharesnet[torch7]')"
+        )
+    ways += [
+        f"timm's train.py trains them: train_configs/ of the repository{_repository()}",
+        "a file of yours: pretrained_cfg_overlay=dict(file='model.safetensors'), with num_classes if it has others",
+        'random weights: pretrained=False',
+    ]
+    return f'No weights are published for {name} yet. What can be done: {"; ".join(ways)}.'
+
+
+def _repository() -> str:
+    """Where the repository is, if the installed package knows."""
+    try:
+        urls = metadata('timm-sharesnet').get_all('Project-URL') or []
+    except PackageNotFoundError:
+        return ''
+    return next((f', {url.partition(", ")[2]}' for url in urls if url.startswith('Repository,')), '')
 
 
 def _fetch(repo: str, entry: Dict[str, Any], cache_dir: Optional[Union[str, Path]]) -> Path:
     """The file at the pinned commit, from the cache without any request, else from the Hub.
 
-    The Hub is asked once, without huggingface_hub's retries, before anything is downloaded: its answer already tells
-    whether the network is there and whether the file is the published one.
+    The Hub, or its mirror, is asked once, without huggingface_hub's retries, before anything is downloaded: its answer
+    already tells whether the network is there and whether the file can be the published one.
     """
     location = dict(repo_id=repo, filename=_FILENAME, revision=entry['revision'])
     try:
@@ -114,7 +164,7 @@ def _fetch(repo: str, entry: Dict[str, Any], cache_dir: Optional[Union[str, Path
         pass
     try:
         found = get_hf_file_metadata(hf_hub_url(**location), timeout=_TIMEOUT)
-        if (found.commit_hash, found.etag, found.size) == (entry['revision'], entry['sha256'], entry['size']):
+        if found.size in (None, entry['size']):
             return Path(hf_hub_download(**location, cache_dir=cache_dir, library_name='timm-sharesnet'))
     except Exception as e:  # huggingface_hub 1 and 2 raise the errors of different HTTP libraries
         reason = next(iter(str(e).strip().splitlines()), '')
@@ -123,20 +173,28 @@ def _fetch(repo: str, entry: Dict[str, Any], cache_dir: Optional[Union[str, Path
             f'{type(e).__name__}: {reason}'
         ) from e
     raise RuntimeError(
-        f'{repo} at commit {entry["revision"]} does not hold the published {_FILENAME} (SHA-256 {entry["sha256"]}, '
-        f'{entry["size"]} bytes), but {found.etag}, {found.size} bytes, of commit {found.commit_hash}. '
-        f'Nothing was downloaded.'
+        f'{repo} at commit {entry["revision"]} does not hold the published {_FILENAME} ({entry["size"]} bytes), but '
+        f'one of {found.size} bytes. Nothing was downloaded.'
     )
 
 
-def _verify(path: Path, entry: Dict[str, Any], remedy: str) -> None:
-    expected = entry.get('sha256')
-    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else 'no file'
-    if found != expected:
-        raise RuntimeError(
-            f'{path} is not the published file (SHA-256 {expected}, found {found}). Nothing was loaded: '
-            f'{remedy} and try again.'
-        )
+def _read(path: Path, entry: Dict[str, Any], remedy: str) -> Dict[str, torch.Tensor]:
+    """The tensors of a file that we pin. It is read once: what is hashed is what is loaded."""
+    expected, size = entry.get('sha256'), entry.get('size')
+    if not path.is_file():
+        found = 'no file'
+    elif path.stat().st_size != size:
+        found = f'{path.stat().st_size} bytes instead of {size}'
+    else:
+        with path.open('rb') as file:
+            data = file.read(size + 1)
+        found = hashlib.sha256(data).hexdigest()
+        if found == expected:
+            return safetensors.torch.load(data)
+    raise RuntimeError(
+        f'{path} is not the published file (SHA-256 {expected}, found {found}). Nothing was loaded: '
+        f'{remedy} and try again.'
+    )
 
 
 def unknown_model(name: str) -> str:
@@ -167,30 +225,69 @@ def drop_repeated_args(config: Path) -> None:
     config.write_text(json.dumps(content, indent=2), encoding='utf-8')
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(
+    state_dict: Dict[str, torch.Tensor], model: nn.Module, features_only: bool = False
+) -> Dict[str, torch.Tensor]:
     """Refuse a checkpoint that does not match the model, whatever strictness timm loads with.
 
-    timm loads non-strictly as soon as `num_classes` differs from the checkpoint's, so half a file would pass. The
-    classifier may differ or be missing, and the first convolution may have the number of input channels of the cfg's
-    `input_size`, which timm adapts, in place of the model's.
+    timm loads non-strictly as soon as `num_classes` differs from the cfg's, so half a file would pass, and the
+    classifier of a fine-tuned model would be dropped. A classifier that fits the model is loaded, whatever the cfg
+    says, but for a cfg with `num_classes=-1`, by which train.py asks for a new one (`--pretrained-path`). One that does
+    not fit is left out, as by timm, if the model's classes are not the cfg's. The first convolution may have the number
+    of input channels of the cfg's `input_size`, which timm adapts, in place of the model's.
+
+    Args:
+        state_dict: Tensors of the checkpoint.
+        model: Model to load them into.
+        features_only: The model will be a backbone, whose classifier does not matter.
 
     Raises:
-        RuntimeError: If a tensor is missing, unexpected or of another shape.
+        RuntimeError: If a tensor is missing, unexpected, of another shape or type, or not finite.
     """
     cfg = cast(Dict[str, Any], model.pretrained_cfg)
-    classifier = {f'{cfg["classifier"]}.weight', f'{cfg["classifier"]}.bias'}
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items() if k not in classifier}
-    found = {k: tuple(getattr(v, 'shape', ())) for k, v in state_dict.items() if k not in classifier}
+    expected, found = model.state_dict(), dict(state_dict)
+    classifier = [f'{cfg["classifier"]}.weight', f'{cfg["classifier"]}.bias']
+    fits = all(k in expected and _shape(found.get(k)) == _shape(expected[k]) for k in classifier)
+    if fits and not features_only and cfg['num_classes'] >= 0:
+        if cfg['num_classes'] != model.num_classes:
+            cfg['num_classes'] = model.num_classes
+            cfg.pop('label_names', None)  # of the cfg's classes
+    elif features_only or model.num_classes != cfg['num_classes']:  # timm leaves it out
+        for k in classifier:
+            expected.pop(k, None)
+            found.pop(k, None)
+
     faults = [f'{k} is missing' for k in expected.keys() - found.keys()]
     faults += [f'{k} is not part of the model' for k in found.keys() - expected.keys()]
     first_conv, pretrained_chans = f'{cfg["first_conv"]}.weight', cfg['input_size'][0]
     for k in expected.keys() & found.keys():
-        adapted = (expected[k][0], pretrained_chans, *expected[k][2:]) if k == first_conv else expected[k]
-        if found[k] not in (expected[k], adapted):
-            faults.append(f'{k} has shape {found[k]} instead of {expected[k]}')
+        shape, tensor = _shape(expected[k]), found[k]
+        adapted = (shape[0], pretrained_chans, *shape[2:]) if k == first_conv else shape
+        if not isinstance(tensor, torch.Tensor):
+            faults.append(f'{k} is no tensor but a {type(tensor).__name__}')
+        elif _shape(tensor) not in (shape, adapted):
+            faults.append(f'{k} has shape {_shape(tensor)} instead of {shape}{_cure(k, classifier, tensor)}')
+        elif tensor.dtype is torch.bool or tensor.is_floating_point() != expected[k].is_floating_point():
+            faults.append(f'{k} is {tensor.dtype} instead of {expected[k].dtype}')
+        elif tensor.is_meta or tensor.layout is not torch.strided:
+            faults.append(f'{k} is a {"meta" if tensor.is_meta else "sparse"} tensor')
+        elif not torch.isfinite(tensor.float()).all():
+            faults.append(f'{k} has values that are not finite')
+        elif k.endswith('running_var') and (tensor.float() < 0).any():
+            faults.append(f'{k} has negative variances')
     if faults:
         raise RuntimeError(
             f'The checkpoint is not one of {cfg.get("architecture", type(model).__name__)}, nothing was loaded: '
             f'{sorted(faults)[0]}' + (f' (and {len(faults) - 1} more)' if len(faults) > 1 else '') + '.'
         )
     return state_dict
+
+
+def _shape(tensor: Any) -> Tuple[int, ...]:
+    return tuple(getattr(tensor, 'shape', ()))
+
+
+def _cure(name: str, classifier: List[str], tensor: torch.Tensor) -> str:
+    if name not in classifier or not tensor.ndim:
+        return ''
+    return f': pass num_classes={len(tensor)}, or for a new classifier num_classes=-1 in pretrained_cfg_overlay'

@@ -11,15 +11,15 @@ What is shared follows the author's code:
 The unshared twins are timm's `resnet34`, `resnet50`, `resnet101`, `resnet152`.
 """
 
-from typing import Any, Dict, Optional, Type, Union
+from typing import Any, Dict, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ._pretrained import checkpoint_filter_fn, resolve_weights, with_sources
+from ._pretrained import create, with_sources
 from .stage import SharedStage, SharingBlock
 
 __all__ = ['ShaBasicBlock', 'ShaBottleneck', 'ShaResNet']  # register_model adds each entrypoint fn to this
@@ -106,10 +106,14 @@ class ShaResNet(ResNet):
     Each block's last batch norm starts at zero (timm's default, `zero_init_last`); the author starts it at one.
     """
 
-    def __init__(self, block: Type[Union[ShaBasicBlock, ShaBottleneck]], *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, block: Type[Union[ShaBasicBlock, ShaBottleneck]], layers: Tuple[int, ...], *args: Any, **kwargs: Any
+    ) -> None:
         if not (isinstance(block, type) and issubclass(block, (ShaBasicBlock, ShaBottleneck))):
             raise TypeError(f'block must be ShaBasicBlock or ShaBottleneck, got {block}.')
-        super().__init__(block, *args, **kwargs)
+        if len(layers) != 4 or min(layers) < 1:
+            raise ValueError(f'layers must be four positive numbers of blocks, got {layers}.')
+        super().__init__(block, layers, *args, **kwargs)
         for i, name in enumerate(self._stage_names()):
             # Nominal stride, not the one left by output_stride: a dilated net has the parameters of the strided one.
             strided_conv2 = i > 0 and issubclass(block, ShaBottleneck)
@@ -155,9 +159,7 @@ class ShaResNet(ResNet):
 
 
 def _create_sharesnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ShaResNet:
-    if pretrained:
-        kwargs['pretrained_cfg_overlay'] = resolve_weights(variant, **kwargs)
-    return build_model_with_cfg(ShaResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return create(ShaResNet, variant, pretrained, **kwargs)
 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:

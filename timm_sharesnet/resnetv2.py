@@ -11,16 +11,18 @@ first block of a stage has its own, and a 1x1 projection shortcut without batch 
 batch norm. The same classes with `share_conv=False` are the unshared twins.
 """
 
+import json
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerType, calculate_drop_path_rates, create_classifier, get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
-from ._pretrained import checkpoint_filter_fn, resolve_weights, with_sources
+from ._pretrained import create, with_sources
 from .stage import SharedStage, SharingBlock
 
 __all__ = ['PreActBottleneck', 'PreActWideBasic', 'CifarResNetV2']  # register_model adds each entrypoint fn to this
@@ -60,7 +62,7 @@ class PreActBottleneck(SharingBlock):
         super().__init__()
         out_chs = chs * self.expansion
         self.bn1 = norm_layer(in_chs, **dd)
-        self.act1 = act_layer(inplace=True)
+        self.act1 = act_layer(inplace=False)  # with a norm that returns its input, that would be the shortcut
         self.conv1 = nn.Conv2d(in_chs, chs, 1, stride=stride, bias=False, **dd)
         self.bn2 = norm_layer(chs, **dd)
         self.act2 = act_layer(inplace=True)
@@ -116,7 +118,7 @@ class PreActWideBasic(SharingBlock):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.bn1 = norm_layer(in_chs, **dd)
-        self.act1 = act_layer(inplace=True)
+        self.act1 = act_layer(inplace=False)  # with a norm that returns its input, that would be the shortcut
         self.conv1 = nn.Conv2d(in_chs, chs, 3, stride=stride, padding=1, bias=False, **dd)
         self.bn2 = norm_layer(chs, **dd)
         self.act2 = act_layer(inplace=True)
@@ -217,7 +219,7 @@ class CifarResNetV2(nn.Module):
             self.add_module(name, SharedStage(blocks, first_shared=1 if share_conv else None))
             self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=name))
         self.norm = norm_layer(chs, **dd)
-        self.act = act_layer(inplace=True)
+        self.act = act_layer(inplace=False)  # its input may be one of the intermediates
 
         self.num_features = chs
         self.global_pool, self.fc = create_classifier(self.num_features, self.num_classes, pool_type=global_pool, **dd)
@@ -379,21 +381,16 @@ class CifarResNetV2(nn.Module):
 
 
 def _create_resnetv2_cifar(variant: str, pretrained: bool = False, **kwargs: Any) -> CifarResNetV2:
-    if pretrained:
-        kwargs['pretrained_cfg_overlay'] = resolve_weights(variant, **kwargs)
-    return build_model_with_cfg(
-        CifarResNetV2,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3)),
-        **kwargs,
-    )
+    return create(CifarResNetV2, variant, pretrained, feature_cfg=dict(out_indices=(0, 1, 2, 3)), **kwargs)
 
 
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
+_LABEL_NAMES: Dict[str, List[str]] = json.loads((Path(__file__).parent / 'label_names.json').read_text())
+
+
+def _cfg(dataset: str = 'cifar10') -> Dict[str, Any]:
     return {
-        'num_classes': 10,
+        'num_classes': len(_LABEL_NAMES[dataset]),
+        'label_names': tuple(_LABEL_NAMES[dataset]),
         'input_size': (3, 32, 32),
         'pool_size': (8, 8),
         'crop_pct': 1.0,
@@ -403,7 +400,6 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
         'first_conv': 'conv1',
         'classifier': 'fc',
         'paper_name': 'ShaResNet: reducing residual network parameter number by sharing weights',
-        **kwargs,
     }
 
 
@@ -414,13 +410,13 @@ default_cfgs = generate_default_cfgs(
             'sharesnet164_cifar.cpu_c10': _cfg(),
             'sharesnet164_cifar.modern_c10': _cfg(),
             'shawrn40_4.modern_c10': _cfg(),
-            'shawrn28_10.modern_c100': _cfg(num_classes=100),
+            'shawrn28_10.modern_c100': _cfg('cifar100'),
             'resnet164_cifar.modern_c10': _cfg(),
             'resnet92_cifar.modern_c10': _cfg(),
             'wrn40_4.modern_c10': _cfg(),
-            'wrn28_10.modern_c100': _cfg(num_classes=100),
+            'wrn28_10.modern_c100': _cfg('cifar100'),
             'wrn28_4.modern_c10': _cfg(),
-            'wrn22_10.modern_c100': _cfg(num_classes=100),
+            'wrn22_10.modern_c100': _cfg('cifar100'),
         }
     )
 )

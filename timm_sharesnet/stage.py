@@ -22,7 +22,7 @@ the batch norms after the shared convolutions stay: `timm_sharesnet.fold` moves 
 the plain net to a tool that cannot handle a convolution used several times.
 """
 
-from typing import Any, Iterable, Optional, Tuple
+from typing import Any, Iterable, Iterator, Optional, Tuple, Union
 
 import torch
 import torch.fx
@@ -76,7 +76,10 @@ class SharingBlock(nn.Module):
         if self.conv2 is not None:
             return self.conv2(x)
         else:
-            assert conv is not None, "the 3x3 of this block is its stage's: call it with that convolution"
+            if (
+                conv is None
+            ):  # what iterates over blocks and calls them, such as timm's `checkpoint_seq`, would be wrong
+                raise RuntimeError("The 3x3 of this block is its stage's: call the stage, or the block with that 3x3.")
             if torch.jit.is_scripting():
                 stride, padding, dilation, groups = self.conv2_args
                 return F.conv2d(x, conv, self.conv2_bias, stride, padding, dilation, groups)
@@ -144,7 +147,8 @@ class SharedStage(nn.Module):
     """A stage: `conv`, the 3x3 convolution shared by its blocks, and `blocks`.
 
     The module is no `nn.Sequential`: its blocks cannot be called without the convolution. Gradient checkpointing, block
-    by block, is therefore done here, as in timm's ResNetV2 (`stage.grad_checkpointing`).
+    by block, is therefore done here, as in timm's ResNetV2 (`stage.grad_checkpointing`). As in a `Sequential`,
+    `stage[-1]`, `len(stage)` and `for block in stage` are about its blocks.
     """
 
     def __init__(self, blocks: Iterable[SharingBlock], first_shared: Optional[int] = 0) -> None:
@@ -166,6 +170,15 @@ class SharedStage(nn.Module):
         self.conv = convs[0] if convs else None
         self.blocks = nn.ModuleList(blocks)
         self.grad_checkpointing = False
+
+    def __getitem__(self, index: Union[int, slice]) -> nn.Module:
+        return self.blocks[index]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the blocks in order: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
