@@ -158,6 +158,24 @@ def test_config_trains_resumes_and_its_checkpoint_loads(folder, output, config):
     assert validate(folder, values['model'], path, *same) == pytest.approx(float(rows[-1]['eval_top1']))
 
 
+@pytest.mark.slow
+def test_commands_for_fine_tuning_run_as_they_stand_in_the_readme(folder, output):
+    text = (ROOT / 'train_configs' / 'README.md').read_text()
+    commands = re.search(r'## Fine-tune.*?```bash\n(.*?)```', text, re.S)[1]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
+    env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'PATH': path}
+    result = subprocess.run(['bash', '-ec', commands], cwd=folder, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = summary(output / 'train' / 'finetune' / 'summary.csv')
+    assert len(rows) == 5 and float(rows[-1]['eval_top1']) > 40  # from scratch it would be 20
+    weights = torch.load(output / 'train' / 'finetune' / 'last.pth.tar', weights_only=False)['state_dict']
+    assert weights['fc.weight'].shape == (CLASSES, 256)
+    assert '*Top1' in result.stdout + result.stderr or '"top1"' in result.stdout
+    assert 'finetune.onnx: ' in result.stdout
+    for file in folder.glob('finetune*'):
+        file.unlink()
+
+
 def validate(folder, model, checkpoint, *options):
     """Accuracy on the test images by validate.py."""
     options = ['--model', model, '--checkpoint', checkpoint, *ON_CPU, '--split', 'test', '-b', BATCH, *options]

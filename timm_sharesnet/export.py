@@ -445,11 +445,12 @@ class _Parser(argparse.ArgumentParser):
         raise ExportError(message)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = _Parser(
         prog='python -m timm_sharesnet.export',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --model is not --model-kwargs
     )
     parser.add_argument('model', metavar='MODEL')
     parser.add_argument('--output', required=True, metavar='FILE.onnx', help='file to write')
@@ -463,13 +464,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--calibration-dir', metavar='DIR', help='folder of images that int8 is calibrated with')
     parser.add_argument('--calibration-images', type=int, default=256, metavar='N', help='how many of them (256)')
     parser.add_argument('--force', action='store_true', help='overwrite existing files')
-    return parser
+    try:
+        return parser.parse_args(argv)
+    except ValueError as e:  # of ParseKwargs
+        raise ExportError('--model-kwargs must be KEY=VALUE') from e
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line, see the module. Returns the exit code, 0 or 2."""
     try:
-        args = _parser().parse_args(argv)
+        args = _parse_args(argv)
         require('onnx', 'onnxscript', 'onnxruntime')
         if args.int8 != (args.calibration_dir is not None):
             raise ExportError('--int8 and --calibration-dir go together')
@@ -491,6 +495,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == '__main__':
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]  # paths that a terminal cannot show
     logging.disable()  # the remarks of exporter and quantizer are not for the user
     warnings.simplefilter('ignore')
     sys.exit(main())
