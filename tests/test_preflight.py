@@ -1,8 +1,10 @@
 """timm_sharesnet.preflight: each fault ends in exit code 2 and one line that names the file or key."""
 
 import argparse
+import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,11 @@ import timm
 import torch
 import yaml
 from safetensors.torch import save_file
+from timm.data.transforms import _str_to_torch_interpolation
 from timm.models import save_for_hf
 
-from timm_sharesnet.preflight import main, train_parser
+from timm_sharesnet._train_values import RANGES, VALUES
+from timm_sharesnet.preflight import main, train_options, train_parser
 
 TRAIN_CONFIGS = Path(__file__).parents[1] / 'train_configs'
 CONFIG = {
@@ -26,6 +30,7 @@ CONFIG = {
     'lr': 0.1,
     'scale': [0.64, 1.0],
     'opt_kwargs': {'fused': True},
+    'device': 'cpu',
 }
 
 
@@ -109,7 +114,9 @@ def test_accepts_our_configs_with_the_data_that_they_are_for(tmp_path, monkeypat
     if teacher.startswith('local-dir:'):
         folder = teacher.removeprefix('local-dir:')
         save_for_hf(timm.create_model(Path(folder).name), folder, safe_serialization=True)
-    assert main([str(path), '--dataset', '', '--data-dir', 'data', '-b', '8']) == 0  # of one image a class
+    assert (
+        main([str(path), '--dataset', '', '--data-dir', 'data', '--device', 'cpu', '-b', '8']) == 0
+    )  # of one image a class
     assert f'model   {config["model"]}: ' in capsys.readouterr().out
 
 
@@ -161,7 +168,9 @@ def test_names_keys_that_older_versions_of_train_py_do_not_have(folder, capsys):
         ({'opt_kwargs': ['fused']}, "c.yaml: opt_kwargs: must be a mapping, not ['fused']."),
         ({'opt_kwargs': {'eps': '1e-6'}}, "c.yaml: opt_kwargs: eps is the text '1e-6' to YAML, which needs a point"),
         ({'mean': [0.5, 0.5]}, 'mean, std: must have one number for each input channel.'),
-        ({'model': 'sharesnet51'}, 'model: sharesnet51 cannot be built: RuntimeError: Unknown model (sharesnet51)'),
+        ({'model': 'sharesnet51'}, 'model: timm knows no model sharesnet51, did you mean sharesnet50 or '),
+        ({'model': 'resnet50.a9_in1k'}, 'model: timm knows no model resnet50.a9_in1k, did you mean resnet50.'),
+        ({'model': 'local-dir:none'}, 'model: there is no folder none.'),
         ({'model_kwargs': {'depth': 3}}, 'model: resnet92_cifar cannot be built: TypeError: '),
     ],
     ids=str,
@@ -185,6 +194,38 @@ def test_refuses_a_file_that_is_no_config(folder, capsys, text):
     assert refused(capsys).startswith('c.yaml: not ')
 
 
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('lr: 0.1\nlr: 0.2', 'c.yaml: lr: given twice, in lines 1 and 2.'),
+        ('opt_kwargs:\n  eps: 1\n  eps: 2', 'c.yaml: eps: given twice, in lines 2 and 3.'),
+        ('opt_kwargs: {eps: 1, "eps": 2}', 'c.yaml: eps: given twice, in lines 1 and 1.'),
+        ('model_kwargs: &a {b: *a}', 'c.yaml: line 1: write the value in place of the alias.'),
+        ('a: &a [lol]\nb: [*a, *a]', 'c.yaml: line 2: write the value in place of the alias.'),
+        ('scale: ' + '[' * 3000, 'c.yaml: nested more than 32 deep.'),
+        ('- ' * 3000, 'c.yaml: nested more than 32 deep.'),
+        ('#' * 200_000, 'c.yaml: not a config of train.py, it has more than 100,000 bytes.'),
+        ('batch_size: 0x' + 'F' * 5000, 'batch_size: must be a finite number, not a number of thousands of digits.'),
+        ('lr: .nan', 'lr: must be a finite number, not nan.'),
+        ('opt_kwargs: {eps: .inf}', 'opt_kwargs: must be a finite number, not inf.'),
+        ('experiment: "a\\0b"', "experiment: must be text without a null character, not 'a\\x00b'."),
+        ('batch_size: 0', 'batch_size: must be at least 1, not 0.'),
+        ('model_kwargs: {pretrained: true}\ndevice: cpu', "model_kwargs: pretrained is train.py's own"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_refuses_yaml_that_is_endless_ambiguous_or_senseless(folder, capsys, text, message):
+    with open('c.yaml', 'w') as f:
+        f.write(text)
+    assert refused(capsys).startswith(message)
+
+
+def test_refuses_a_config_that_is_no_regular_file(folder, capsys):
+    os.mkfifo('pipe')
+    for path in 'pipe', '/dev/zero', 'data':
+        assert refused(capsys, config=path) == f'{path}: not a file.'
+
+
 def test_refuses_a_config_that_is_not_there(folder, capsys):
     assert refused(capsys, config='d.yaml') == 'd.yaml: No such file or directory'
 
@@ -198,11 +239,150 @@ def test_refuses_a_config_that_is_not_there(folder, capsys):
         (['--kd-distill-type', 'soft'], "argument --kd-distill-type: invalid choice: 'soft'"),
         (['--torchscript', '--torchcompile'], 'argument --torchcompile: not allowed with argument --torchscript'),
         (['--opt-kwargs', 'fused'], '--model-kwargs, --opt-kwargs: must be KEY=VALUE.'),
+        (['--model-kwargs', 'layers={[]: 1}'], '--model-kwargs, --opt-kwargs: must be KEY=VALUE.'),
     ],
     ids=' '.join,
 )
 def test_refuses_wrong_options(folder, capsys, options, message):
     assert refused(capsys, *options).startswith(message)
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        ('--eval-metric prec1', "eval_metric: must be one of top1, top5, loss, not 'prec1'."),
+        ('--mixup-mode foo', "mixup_mode: must be one of batch, pair, elem, half, not 'foo'."),
+        ('--remode foo', 'remode: must be one of '),
+        ('--clip-mode foo', 'clip_mode: must be one of norm, value, agc'),
+        ('--train-interpolation foo', 'train_interpolation: must be one of '),
+        ('--interpolation random', 'interpolation: must be one of '),
+        ('--train-crop-mode foo', 'train_crop_mode: must be one of '),
+        ('--amp-dtype bf16', 'amp_dtype: must be one of float16, bfloat16'),
+        ('--dist-bn foo', 'dist_bn: must be one of '),
+        ('--worker-seeding foo', 'worker_seeding: must be one of all, part'),
+        ('--lr-base-scale foo', 'lr_base_scale: must be one of '),
+        ('--aa foo', "aa: 'foo' is not all read by timm."),
+        ('--aa rand-foo', "aa: 'rand-foo' is not all read by timm."),  # timm leaves out foo
+        ('--aa rand-m12-mmax12', "aa: 'rand-m12-mmax12' is not all read by timm."),  # crashes in posterize, sometimes
+        ('--opt sgdd', 'opt: timm knows no optimizer sgdd, did you mean sgd or '),
+        ('--opt foo_sgd', 'opt: timm knows no optimizer foo_sgd, did you mean sgd?'),  # sgd to timm
+        ('--opt adamw --opt-betas 0.9', 'opt, opt_kwargs: adamw cannot be made: IndexError'),
+        ('--opt-kwargs foo=1', 'opt, opt_kwargs: sgd cannot be made: TypeError: '),
+        ('--sched none', 'sched: none is no schedule'),
+        ('--sched foo', 'sched: foo '),
+        ('--sched plateau --sched-on-updates', 'sched_on_updates: plateau steps by epoch only.'),
+        ('--sched multistep --decay-milestones 5 3', 'decay_milestones: must be increasing, not [5, 3].'),
+        ('--torchcompile foo', "torchcompile, torchcompile_mode: InvalidBackend: Invalid backend: 'foo'."),
+        ('--torchcompile --torchcompile-mode foo', 'torchcompile, torchcompile_mode: RuntimeError: Unrecognized mode'),
+        ('--gp foo', 'model: resnet92_cifar cannot be built: AssertionError: Invalid pool type: foo'),
+        ('--input-img-mode foo', "input_img_mode: PIL has no mode 'foo'."),
+        ('--in-chans 1', 'in_chans: 1, but train.py would read images of mode RGB with 3 channels'),
+        ('--device-modules foo_device', 'device_modules: foo_device cannot be imported: ModuleNotFoundError'),
+        ('--model-kwargs pretrained=True', "model_kwargs: pretrained is train.py's own, by the option pretrained."),
+        ('--model-kwargs global_pool=max', "model_kwargs: global_pool is train.py's own, by the option gp."),
+        ('--mixup 0.2 -b 7', 'batch_size: 7 is odd'),
+        ('--cutmix 1 --train-img-sizes 32 64 --train-batch-sizes 8 5', 'train_batch_sizes: 5 is odd'),
+        ('--cutmix-minmax 0.8 0.2', 'cutmix_minmax: must be two numbers, the smaller first, not [0.8, 0.2].'),
+        ('--scale 0.5', 'scale: must be two numbers, the smaller first, not [0.5].'),
+        ('--bce-loss --smoothing 0', 'bce_loss: is used only with mixup, cutmix or smoothing'),
+        ('--jsd-loss', 'jsd_loss: needs aug_splits of at least 2.'),
+        ('--aug-splits 1', 'aug_splits: must be 0 or at least 2'),
+        ('--amp --model-dtype bfloat16', 'model_dtype: must be float32 with amp'),
+        ('--train-size-probs 0.5 0.5', 'train_size_probs: must have one number for each of train_img_sizes'),
+        ('--naflex-loader', 'naflex_loader: makes patches for a vision transformer'),
+        ('--start-epoch 300', 'start_epoch: 300 of 300 epochs'),
+        ('--dataset torch/cifar11', 'dataset: timm has no torch/cifar11, it knows cifar10, '),
+        ('--class-map none.txt', 'class_map: there is no file none.txt'),
+        ('--batch-size 0', 'batch_size: must be at least 1, not 0.'),
+        ('--epochs -1', 'epochs: must be at least 1, not -1.'),
+        ('--workers -1', 'workers: must be at least 0, not -1.'),
+        ('--val-interval 0', 'val_interval: must be at least 1, not 0.'),
+        ('--lr nan', 'lr: must be a finite number, not nan.'),
+        ('--weight-decay inf', 'weight_decay: must be a finite number, not inf.'),
+        ('--lr 0', 'lr: must be above 0, not 0.0.'),  # lr_base to train.py
+        ('--hflip 1.5', 'hflip: must be from 0 to 1, not 1.5.'),
+        ('--drop-path 1', 'drop_path: must be at least 0 and below 1, not 1.0.'),
+        ('--mean 0.5 0.5 nan', 'mean: must be a finite number, not nan.'),
+        ('--std 0.2 0.2 0', 'std: must be above 0, not 0.0.'),
+        ('--seed -1', 'seed: must be from 0 to 4294967295, not -1.'),
+    ],
+)
+def test_refuses_values_that_train_py_notices_late_or_takes_for_others(folder, capsys, options, message):
+    assert refused(capsys, *options.split()).startswith(message)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        '--aa rand-m9-mstd0.5-inc1 --reprob 0.25 --remode rand --mixup 0.8 --cutmix 1 --mixup-mode elem',
+        '--aa augmix-m3-w3 --aug-splits 3 --jsd-loss --split-bn --no-prefetcher',
+        '--aa original-mstd0.5 --train-crop-mode rkrc --train-interpolation lanczos',
+        '--opt lookahead_adamw --opt-eps 1e-6 --opt-betas 0.9 0.99 --layer-decay 0.7 --clip-grad 1 --clip-mode agc',
+        '--sched plateau --eval-metric loss --warmup-epochs 0',
+        '--sched multistep --decay-milestones 61 121 161 --dr 0.2',
+        '--in-chans 1 --img-size 32 --mean 0.5 --std 0.2',
+        '--train-img-sizes 32 64 --train-batch-sizes 8 4 --train-size-probs 1 0',
+        '--torchcompile eager --torchcompile-mode reduce-overhead --amp --amp-dtype bfloat16',
+    ],
+)
+def test_accepts_values_that_train_py_knows(folder, capsys, options):
+    accepted(capsys, *options.split())
+
+
+# Text that is a name or path of the user's, or asked of torch, timm or PIL
+OTHER_TEXT = {
+    *('data', 'data_dir', 'dataset', 'train_split', 'val_split', 'class_map', 'input_key', 'target_key'),
+    *('model', 'pretrained_path', 'initial_checkpoint', 'resume', 'output', 'experiment', 'kd_model_name'),
+    *('wandb_project', 'wandb_tags', 'wandb_resume_id'),
+    *('gp', 'input_img_mode', 'opt', 'sched', 'aa', 'device', 'device_modules', 'torchcompile', 'torchcompile_mode'),
+}
+ANY_NUMBER = {'mean', 'head_init_scale', 'head_init_bias', 'local_rank'}
+
+
+def test_no_option_of_train_py_is_without_a_check_of_its_value():
+    options = train_options().values()
+    text = {o['name'] for o in options if o['type'] == 'str' and 'choices' not in o}
+    assert text - set(VALUES) - OTHER_TEXT == set()
+    assert OTHER_TEXT & set(VALUES) == set()
+    numbers = {o['name'] for o in options if o['type'] in ('int', 'float')}
+    ranges = [name for _, names in RANGES.values() for name in names.split()]
+    assert sorted([*ranges, *ANY_NUMBER]) == sorted(numbers)
+
+
+def test_interpolations_are_those_of_timm():
+    assert set(VALUES['interpolation']) == {'', *_str_to_torch_interpolation}
+
+
+def test_odd_batches_are_fine_without_mixing(folder, capsys):
+    accepted(capsys, '-b', '7')
+
+
+def test_says_that_repeated_augmentation_needs_several_processes(folder, capsys):
+    assert 'aug_repeats: only with several processes' in accepted(capsys, '--aug-repeats', '3')
+
+
+@pytest.mark.parametrize('device', ['gpu', 'meta', 'cuda:99'])
+def test_refuses_a_device_that_is_not_there_and_says_how_to_do_without(folder, capsys, device):
+    message = refused(capsys, '--device', device)
+    assert message.startswith(f"device: '{device}' cannot be used here (")
+    assert message.endswith('--device cpu trains on the CPU, and lets a config for another machine be checked.')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without CUDA')
+def test_refuses_the_default_device_of_train_py_without_cuda(folder, capsys):
+    change(device=None)
+    assert refused(capsys).startswith("device: 'cuda' cannot be used here (")
+
+
+@pytest.mark.parametrize('output', ['c.yaml', 'c.yaml/x', '/proc/x', '/dev/null/x', 'x' * 300])
+def test_refuses_an_output_that_cannot_be_written(folder, capsys, output):
+    assert refused(capsys, '--output', output).startswith('output')
+
+
+def test_writes_nothing(folder, capsys):
+    before = sorted(folder.rglob('*'))
+    assert 'writes to out/a/b' in accepted(capsys, '--output', 'out/a', '--experiment', 'b')
+    assert sorted(folder.rglob('*')) == before
 
 
 def test_says_how_it_is_called(folder, capsys):
@@ -215,7 +395,9 @@ def test_says_how_it_is_called(folder, capsys):
 @pytest.mark.parametrize('option', ['-h', '--help'])
 def test_help_is_no_fault(option, capsys):
     assert main([option]) == 0
-    assert 'python -m timm_sharesnet.preflight CONFIG' in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert 'python -m timm_sharesnet.preflight CONFIG' in text
+    assert 'writes nothing' in text and 'Exit code 0' in text and 'Exit code 2' in text
 
 
 def test_refuses_a_batch_that_the_images_do_not_fill(folder, capsys):
@@ -245,6 +427,53 @@ def test_refuses_a_split_without_images(folder, capsys):
     for i in range(10):
         (folder / 'data' / 'test' / f'class{i}' / '0.png').rename(folder / 'data' / 'test' / f'class{i}' / '0.txt')
     assert refused(capsys) == 'val_split: there are no images in data/test.'
+
+
+def rename_class(folder, old, new):
+    for split in 'train', 'test':
+        (folder / 'data' / split / old).rename(folder / 'data' / split / new)
+
+
+@pytest.mark.parametrize('names', [('Cat', 'cat'), ('class1', 'class01'), ('\u00c4', '\u00e4')])
+def test_refuses_classes_that_timm_orders_by_chance(folder, capsys, names):
+    for i, name in zip((1, 2), names, strict=True):
+        rename_class(folder, f'class{i}', f'{name}.new')
+        rename_class(folder, f'{name}.new', name)
+    message = refused(capsys)
+    assert message.startswith('data/train: the class folders ') and all(repr(name) in message for name in names)
+
+
+@pytest.mark.slow
+def test_timm_does_order_such_classes_by_chance(folder):
+    rename_class(folder, 'class1', 'Cat')
+    rename_class(folder, 'class2', 'cat')
+    code = "from timm.data import create_dataset as c; print(c('', 'data', split='train').reader.class_to_idx['cat'])"
+    orders = set()
+    for seed in range(1, 9):
+        env = {**os.environ, 'PYTHONHASHSEED': str(seed)}
+        orders.add(subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, check=True).stdout)
+        if len(orders) == 2:
+            break
+    assert len(orders) == 2
+
+
+def test_refuses_a_class_that_timm_cannot_sort(folder, capsys):
+    rename_class(folder, 'class1', '\u00b2')
+    assert refused(capsys).startswith("data/train: timm cannot sort the class folder '\u00b2'")
+
+
+@pytest.mark.parametrize('link, target', [('class0/up', '../..'), ('class0/self', '.'), ('again', 'class1')])
+def test_refuses_links_by_which_timm_would_count_images_again_or_without_end(folder, capsys, link, target):
+    (folder / 'data' / 'train' / link).symlink_to(target)
+    assert refused(capsys).startswith(f'data/train/{link}: this link leads to {folder.resolve()}/data')
+
+
+def test_accepts_links_to_folders_elsewhere(folder, capsys):
+    (folder / 'data' / 'test').rename(folder / 'there')
+    (folder / 'data' / 'test').symlink_to(folder / 'there')
+    (folder / 'data' / 'train' / 'class0').rename(folder / 'class0')
+    (folder / 'data' / 'train' / 'class0').symlink_to(folder / 'class0')
+    assert 'data/train 10 images, data/test 10 images' in accepted(capsys)
 
 
 def test_validation_may_be_off(folder, capsys):
@@ -288,12 +517,21 @@ def test_checks_the_sizes_of_a_schedule_and_of_input_size(folder, capsys):
 
 def test_torch_dataset_must_be_there_unless_it_is_downloaded(folder, capsys):
     change(dataset='torch/cifar10')
-    message = 'data_dir: data has no complete torch/cifar10 (train_split), --dataset-download fetches it.'
-    assert refused(capsys) == message
+    (folder / 'empty').mkdir()
+    message = 'data_dir: empty has no complete torch/cifar10 (train_split), --dataset-download fetches it.'
+    assert refused(capsys, '--data-dir', 'empty') == message
     missing = 'torch/cifar10: 10 classes, not complete in new, train.py will download it'
     assert missing in accepted(capsys, '--dataset-download', '--data-dir', 'new')
     assert not os.path.exists('new')  # preflight downloads nothing
     assert refused(capsys, '--dataset-download', '--data-dir', 'c.yaml') == 'data_dir: c.yaml is not a folder.'
+
+
+@pytest.mark.parametrize('options', [[], ['--dataset-download']], ids=str)
+def test_refuses_folders_of_images_as_a_torch_dataset_and_says_how_to_name_them(folder, capsys, options):
+    change(dataset='torch/cifar10')
+    message = "dataset: data has no torch/cifar10, but folders of images, for which write dataset: '' (--dataset '')."
+    assert refused(capsys, *options) == message
+    accepted(capsys, '--dataset', '')
 
 
 def test_torch_dataset_that_is_there_is_counted(folder, capsys, monkeypatch):
@@ -343,15 +581,45 @@ def test_refuses_checkpoints_that_are_damaged_missing_or_of_another_model(folder
     save_checkpoint('last.pth')
     with open('last.pth', 'r+b') as f:
         f.truncate(1_000_000)
-    assert refused(capsys, option, 'last.pth').startswith(f'{key}: last.pth cannot be read as a checkpoint: ')
+    assert refused(capsys, option, 'last.pth').startswith(f'{key}: last.pth is damaged or no checkpoint')
 
 
-def test_refuses_a_checkpoint_with_another_number_of_classes(folder, capsys):
-    save_checkpoint('last.pth', 'resnet92_cifar')
-    (folder / 'data' / 'train' / 'class9' / '0.png').unlink()
-    (folder / 'data' / 'test' / 'class9' / '0.png').unlink()
-    message = 'resume: last.pth is not a checkpoint of resnet92_cifar: 2 tensors differ, fc.bias has shape (10,)'
-    assert refused(capsys, '--resume', 'last.pth', '--num-classes', '9').startswith(message)
+@pytest.mark.parametrize('option', ['--resume', '--initial-checkpoint'])
+def test_names_the_way_that_loads_a_checkpoint_with_another_number_of_classes(folder, capsys, option):
+    save_checkpoint('last.pth')
+    for split in 'train', 'test':
+        shutil.rmtree(folder / 'data' / split / 'class9')
+    message = refused(capsys, option, 'last.pth', '--num-classes', '9')
+    assert 'last.pth has another classifier than the model with its 9 classes' in message
+    way = '--pretrained --pretrained-path last.pth --num-classes 9'
+    assert way in message
+    assert 'last.pth: all 549 tensors of the model but the classifier' in accepted(capsys, *way.split())
+
+
+def test_pretrained_path_must_be_there_hold_the_model_and_be_used(folder, capsys):
+    way = '--pretrained', '--pretrained-path'
+    assert refused(capsys, *way, 'none.pth') == 'pretrained_path: there is no file none.pth.'
+    assert refused(capsys, way[1], 'none.pth').startswith('pretrained_path: is not loaded without pretrained')
+    save_checkpoint('wide.pth', 'wrn40_4')
+    assert refused(capsys, *way, 'wide.pth').startswith(
+        'pretrained_path: wide.pth cannot be loaded: RuntimeError: The '
+    )
+    weights = timm.create_model('resnet18', num_classes=3).state_dict()
+    torch.save(weights, 'whole.pth')
+    torch.save({k: v for k, v in weights.items() if not k.startswith('layer4')}, 'part.pth')  # timm leaves it at random
+    options = ['--model', 'resnet18', '--img-size', '64']
+    message = 'pretrained_path: part.pth lacks 30 tensors of resnet18, layer4.0.bn1.bias is one.'
+    assert refused(capsys, *options, *way, 'part.pth').startswith(message[:50])
+    assert 'whole.pth: all' in accepted(capsys, *options, *way, 'whole.pth')
+
+
+def test_pretrained_needs_weights_of_the_model(folder, capsys):
+    assert refused(capsys, '--model', 'shawrn40_4', '--pretrained').startswith(
+        'pretrained: timm has no weights for shaw'
+    )
+    assert 'of sharesnet164_cifar: load' in accepted(capsys, '--model', 'sharesnet164_cifar', '--pretrained')
+    options = ['--model', 'resnet50', '--img-size', '64', '--pretrained']
+    assert 'of resnet50: NOT CHECKED, they are downloaded' in accepted(capsys, *options)
 
 
 def test_resume_needs_more_than_weights(folder, capsys):
@@ -364,17 +632,40 @@ class Touch:
         return open, ('touched', 'w')
 
 
-def test_runs_no_code_of_a_checkpoint(folder, capsys):
-    save_checkpoint('last.pth', extra=Touch())
-    assert refused(capsys, '--resume', 'last.pth').startswith('resume: last.pth cannot be read as a checkpoint: ')
+def test_runs_no_code_of_a_checkpoint_and_does_not_advise_to(folder, capsys):
+    save_checkpoint('more.pth', extra=Touch())
+    torch.save(timm.create_model('resnet92_cifar'), 'model.pth')
+    torch.save(timm.create_model('resnet92_cifar'), 'old.pth', _use_new_zipfile_serialization=False)
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), 'script.pth')
+    for path in 'more.pth', 'model.pth', 'old.pth', 'script.pth':
+        message = refused(capsys, '--initial-checkpoint', path)
+        assert message.startswith(f'initial_checkpoint: {path} is a pickled model or holds other objects than tensors')
+        assert 'save model.state_dict()' in message and 'weights_only' not in message
     assert not os.path.exists('touched')
+
+
+def test_says_of_files_that_are_no_checkpoint_what_they_are_in_a_sentence(folder, capsys):
+    Path('text.pth').write_text('export FOO=1\n')  # KeyError: 101 to torch
+    Path('empty.pth').touch()
+    Path('zip.pth').write_bytes(b'PK\x03\x04')
+    Path('weights.safetensors').write_bytes(b'x' * 50)
+    for path in 'text.pth', 'empty.pth', 'zip.pth', 'weights.safetensors':
+        message = f'initial_checkpoint: {path} is damaged or no checkpoint, torch cannot read it.'
+        assert refused(capsys, '--initial-checkpoint', path) == message
+    torch.save(torch.zeros(3), 'tensor.pth')
+    torch.save({'net': {}, 'epoch': 3}, 'nested.pth')
+    for path in 'tensor.pth', 'nested.pth':
+        message = f'initial_checkpoint: {path} is no checkpoint: it does not hold a state_dict, names with tensors.'
+        assert refused(capsys, '--initial-checkpoint', path) == message
 
 
 def test_teacher_folder_must_load_and_have_the_classes_of_the_student(folder, capsys):
     change(kd_model_name='local-dir:teacher')
     assert refused(capsys) == 'kd_model_name: there is no folder teacher.'
     (folder / 'teacher').mkdir()
-    assert refused(capsys).startswith('kd_model_name: local-dir:teacher cannot be loaded: FileNotFoundError: ')
+    os.mkfifo('teacher/config.json')
+    assert refused(capsys).startswith('kd_model_name: teacher has no file config.json')
+    os.unlink('teacher/config.json')
     save_for_hf(timm.create_model('resnet92_cifar'), 'teacher', safe_serialization=True)
     assert 'local-dir:teacher: 10 classes, loads' in accepted(capsys)
     save_for_hf(timm.create_model('resnet92_cifar', num_classes=11), 'teacher', safe_serialization=True)
@@ -384,19 +675,64 @@ def test_teacher_folder_must_load_and_have_the_classes_of_the_student(folder, ca
     assert refused(capsys).startswith('kd_model_name: local-dir:teacher cannot be loaded: SafetensorError: ')
 
 
+def test_teacher_folder_that_is_no_model_is_refused_in_a_sentence(folder, capsys):
+    change(kd_model_name='local-dir:teacher')
+    save_for_hf(timm.create_model('resnet92_cifar'), 'teacher', safe_serialization=False)
+    torch.save(timm.create_model('resnet92_cifar'), 'teacher/pytorch_model.bin')
+    assert refused(capsys).startswith('kd_model_name: local-dir:teacher is a pickled model or holds other objects')
+    Path('teacher/pytorch_model.bin').write_text('export FOO=1\n')
+    assert refused(capsys).startswith(
+        'kd_model_name: local-dir:teacher cannot be loaded: its weights or its config.json '
+    )
+
+
 def test_teacher_by_name_must_have_weights_and_the_classes_of_the_student(folder, capsys):
     change(kd_model_name='wrn40_4')
     assert refused(capsys).startswith('kd_model_name: timm has no weights for wrn40_4, name a folder')
+    change(kd_model_name='resnet5O')
+    assert refused(capsys).startswith('kd_model_name: timm knows no model resnet5O, did you mean resnet50 or ')
     change(kd_model_name='resnet50')
     assert refused(capsys) == 'kd_model_name: resnet50 has 1000 classes, the student 10.'
     change(kd_model_name='sharesnet164_cifar')
     assert 'sharesnet164_cifar: 10 classes, weights NOT CHECKED' in accepted(capsys)
 
 
-def test_as_a_module_it_prints_one_line_and_no_traceback(folder):
+NAME = '\u00e4  \u043a\u0438\u0442 \U0001f40b'  # with two blanks, and outside of cp1252
+
+
+def test_paths_with_blanks_and_in_other_scripts_work(folder, capsys):
+    (folder / 'data').rename(folder / NAME)
+    rename = {'data_dir': NAME, 'output': NAME, 'experiment': NAME}
+    summary = accepted(capsys, *(f'--{key.replace("_", "-")}={value}' for key, value in rename.items()))
+    assert f'{NAME}/train 10 images' in summary and f'writes to {NAME}/{NAME}' in summary
+
+
+@pytest.mark.parametrize('encoding', ['cp1252', 'ascii', 'utf-8'])
+def test_prints_what_the_encoding_of_the_terminal_does_not_have(folder, monkeypatch, encoding):
+    for name in 'stdout', 'stderr':
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    shutil.copytree('data', NAME)
+    assert main(['c.yaml', '--data-dir', NAME]) == 0
+    assert main(['c.yaml', '--data-dir', f'{NAME}\udce4\x1b\n']) == 2  # a byte that is no UTF-8, as Python has it
+    texts = []
+    for stream in sys.stdout, sys.stderr:
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode(encoding))
+    assert '/train 10 images' in texts[0]
+    assert texts[1].count('\n') == 1 and texts[1].endswith('\\udce4\\x1b\\n.\n')
+
+
+@pytest.mark.parametrize(
+    'flags, options, message',
+    [
+        (['-W', 'error'], ['--resume', 'last.pth'], 'resume: last.pth is damaged or no checkpoint'),
+        pytest.param(['-O'], ['--gp', 'foo'], 'model: resnet92_cifar cannot be built: Assert', marks=pytest.mark.slow),
+    ],
+)
+def test_as_a_module_it_prints_one_line_and_no_traceback(folder, flags, options, message):
     with open('last.pth', 'wb') as f:
         f.write(b'PK\x03\x04 no checkpoint')
-    command = [sys.executable, '-m', 'timm_sharesnet.preflight', 'c.yaml', '--resume', 'last.pth']
+    command = [sys.executable, *flags, '-m', 'timm_sharesnet.preflight', 'c.yaml', *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, '')
-    assert result.stderr.startswith('preflight: resume: last.pth cannot be read') and result.stderr.count('\n') == 1
+    assert result.stderr.startswith(f'preflight: {message}') and result.stderr.count('\n') == 1

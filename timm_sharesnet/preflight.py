@@ -2,10 +2,15 @@
 
     python -m timm_sharesnet.preflight CONFIG [options of train.py]
 
-with the options that train.py will get beside `--config CONFIG`. Exit code 0 and a summary of what was checked, or 2
-and one line that names the file or key. train.py reports these faults badly or not at all:
+with the options that train.py will get beside `--config CONFIG`. It writes nothing and downloads nothing. Exit code 0:
+no fault was found, and a summary says what was checked and what was not. Exit code 2: train.py would fail or train
+something else, and one line on stderr names the file or key. train.py reports these faults badly or not at all:
 
-  * Keys of the config that are not train.py's (it ignores them), values of the wrong type or not among the choices.
+  * Keys of the config that are not train.py's (it ignores them) or stand there twice, values of the wrong type or not
+    among the choices, names that timm does not know or silently takes for another, numbers that make no sense.
+  * The device is there, and the output folder can be written. Give `--device cpu` to train on a CPU, and to check a
+    config for another machine.
+  * The model, optimizer, schedule, augmentation and compiler can be made from their options.
   * `data_dir` and both splits are there and hold images. Where the folder of a split is missing, train.py trains or
     validates on everything in `data_dir`.
   * The data has `num_classes` classes (the model's, where that is not set), in both splits the same. With fewer,
@@ -13,7 +18,8 @@ and one line that names the file or key. train.py reports these faults badly or 
   * The image size fits a convolutional model: its last feature map is at least 2 x 2 and at most 32 x 32. This refuses
     32 px on an ImageNet net (1 x 1) and 224 px on a CIFAR net (56 x 56), which cannot be meant, and allows what may be:
     Tiny-ImageNet's 64 px on an ImageNet net, 64 or 96 px on a CIFAR net.
-  * `resume` and `initial_checkpoint` can be read (without running code in them) and hold exactly the model's tensors.
+  * `resume` and `initial_checkpoint` can be read (without running code in them) and hold exactly the model's tensors,
+    `pretrained_path` may have another classifier. With `pretrained`, timm has weights for the model.
   * The teacher of a distillation has weights and the student's classes; a `local-dir:` folder loads.
 
 Datasets that are streamed or looked up while training (`hfds/`, `hfids/`, `tfds/`, `wds/`) are not checked, and the
@@ -22,21 +28,31 @@ summary says so. The options are those of train.py at the versions in `train_opt
 
 import argparse
 import difflib
+import importlib
 import json
 import logging
 import os
+import stat
+import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional, Sequence
+from typing import Any, Dict, List, NoReturn, Optional, Sequence, TextIO
 
 import timm
+import torch
 import yaml
-from timm.data import create_dataset, resolve_data_config
-from timm.data.dataset_factory import _search_split  # which folder train.py takes for a split
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.models import get_pretrained_cfg, load_state_dict
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ParseKwargs
+
+from timm_sharesnet._pretrained import unknown_model
+from timm_sharesnet._train_data import check_data
+from timm_sharesnet._train_values import PreflightError, check_values, reason, shown
+from timm_sharesnet._train_weights import check_checkpoint, check_local_dir, check_pretrained, check_teacher
 
 __all__ = [
     'PreflightError',
@@ -53,11 +69,22 @@ _TABLE: Dict[str, Any] = json.loads((Path(__file__).parent / 'train_options.json
 VERSIONS: List[str] = list(_TABLE['versions'])  # timm versions whose train.py the table knows, the newest last
 _TYPES = {'int': int, 'float': float, 'str': str}
 _MEANT = {'int': 'an integer', 'float': 'a number', 'str': 'text', 'bool': 'true or false', 'dict': 'a mapping'}
-_TORCH_CLASSES = {'cifar10': 10, 'cifar100': 100, 'mnist': 10, 'kmnist': 10, 'fashion_mnist': 10, 'qmnist': 10}
-
-
-class PreflightError(Exception):
-    """What is wrong, in one line that starts with the file or key."""
+_CONFIG_BYTES = 100_000  # the args.yaml that train.py writes has 5,000
+_CONFIG_DEPTH = 32
+# What train.py passes to create_model, and from which option
+_MODEL_ARGS = {
+    'pretrained': 'pretrained',
+    'checkpoint_path': 'initial_checkpoint',
+    'in_chans': 'in_chans',
+    'num_classes': 'num_classes',
+    'drop_rate': 'drop',
+    'drop_path_rate': 'drop_path',
+    'drop_block_rate': 'drop_block',
+    'global_pool': 'gp',
+    'bn_momentum': 'bn_momentum',
+    'bn_eps': 'bn_eps',
+    'scriptable': 'torchscript',
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -104,6 +131,7 @@ def check_config(config: Any, version: str = VERSIONS[-1]) -> None:
     options = train_options(version)
     for key, value in config.items():
         if key not in options:
+            key = key if isinstance(key, str) else shown(key)
             raise PreflightError(f'{key}: not an option of train.py (timm {version}).{_hint(str(key), options)}')
         fault = _fault(options[key], value)
         if fault:
@@ -126,17 +154,17 @@ def _fault(option: Dict[str, Any], value: Any) -> str:
         return ''  # null, too, where it is the default, as in the args.yaml that train.py writes
     if nargs == '+' or isinstance(nargs, int):
         if not isinstance(value, list) or not value or (nargs != '+' and len(value) != nargs):
-            return f'must be a list{"" if nargs == "+" else f" of {nargs}"}, not {value!r}.'
+            return f'must be a list{"" if nargs == "+" else f" of {nargs}"}, not {shown(value)}.'
         wrong = [v for v in value if not _is(kind, v)]
-        return f'must be a list with {_MEANT[kind]} in each place, not {wrong[0]!r}.' if wrong else ''
+        return f'must be a list with {_MEANT[kind]} in each place, not {shown(wrong[0])}.' if wrong else ''
     if not (_is(kind, value) or isinstance(value, str) and _converts(kind, value)):
-        return f'must be {_MEANT[kind]}, not {value!r}.'
+        return f'must be {_MEANT[kind]}, not {shown(value)}.'
     if choices and value not in choices:
-        return f'must be one of {", ".join(choices)}, not {value!r}.'
+        return f'must be one of {", ".join(choices)}, not {shown(value)}.'
     if kind == 'dict':
         for k, v in value.items():
             if isinstance(v, str) and _converts('float', v):
-                return f'{k} is the text {v!r} to YAML, which needs a point in 1.0e-6.'
+                return f'{k} is the text {shown(v)} to YAML, which needs a point in 1.0e-6.'
     return ''
 
 
@@ -165,10 +193,7 @@ def parse_train_args(path: str, options: Sequence[str]) -> argparse.Namespace:
         PreflightError: If the file is no config, or a key, a value or an option is not train.py's.
     """
     try:
-        config = yaml.safe_load(Path(path).read_bytes())
-    except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that there is not
-        raise PreflightError(f'{path}: not YAML: {e}') from e
-    try:
+        config = _read_config(path)
         check_config(config)
     except PreflightError as e:
         raise PreflightError(f'{path}: {e}') from e
@@ -176,11 +201,52 @@ def parse_train_args(path: str, options: Sequence[str]) -> argparse.Namespace:
     parser.set_defaults(**config)
     try:
         args, unknown = parser.parse_known_args(options)
-    except ValueError as e:  # of ParseKwargs
+    except (ValueError, TypeError, MemoryError, RecursionError) as e:  # of ParseKwargs, the later ones of literal_eval
         raise PreflightError('--model-kwargs, --opt-kwargs: must be KEY=VALUE.') from e
     if unknown:
         raise PreflightError(f'{unknown[0]}: not an option of train.py.{_hint(unknown[0], train_options())}')
+    check_values(args)
     return args
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """YAML without what may be endless (aliases, deep nesting), and with each key once: YAML takes the last."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            line = self.peek_event().start_mark.line + 1
+            raise PreflightError(f'line {line}: write the value in place of the alias.')
+        self._depth += 1
+        if self._depth > _CONFIG_DEPTH:
+            raise PreflightError(f'nested more than {_CONFIG_DEPTH} deep.')
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        lines: Dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in lines:
+                    raise PreflightError(f'{key.value}: given twice, in lines {lines[key.value]} and {line}.')
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def _read_config(path: str) -> Any:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise PreflightError('not a file.')
+    with open(path, 'rb') as f:
+        text = f.read(_CONFIG_BYTES + 1)
+    if len(text) > _CONFIG_BYTES:
+        raise PreflightError(f'not a config of train.py, it has more than {_CONFIG_BYTES:,} bytes.')
+    try:
+        return yaml.load(text, _ConfigLoader)
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that there is not
+        raise PreflightError(f'not YAML: {" ".join(str(e).split())}') from e
 
 
 def build_model(args: argparse.Namespace) -> Any:
@@ -189,126 +255,138 @@ def build_model(args: argparse.Namespace) -> Any:
     Raises:
         PreflightError: If there is no such model, or it does not take the arguments.
     """
+    source, _, folder = args.model.partition(':')
+    if source == 'local-dir':
+        check_local_dir('model', folder)
+    unknown = '' if source in ('local-dir', 'hf-hub', 'hf_hub') else unknown_model(args.model)
+    if unknown:
+        raise PreflightError(f'model: {unknown}')
+    kwargs = {key: getattr(args, option) for key, option in _MODEL_ARGS.items()}
+    kwargs.update(pretrained=False, checkpoint_path='', in_chans=_in_chans(args))
+    for key in args.model_kwargs:
+        if key in kwargs:
+            raise PreflightError(f"model_kwargs: {key} is train.py's own, by the option {_MODEL_ARGS[key]}.")
     try:
-        return timm.create_model(
-            args.model,
-            in_chans=args.input_size[0] if args.in_chans is None and args.input_size else args.in_chans or 3,
-            num_classes=args.num_classes,
-            drop_rate=args.drop,
-            drop_path_rate=args.drop_path,
-            drop_block_rate=args.drop_block,
-            global_pool=args.gp,
-            bn_momentum=args.bn_momentum,
-            bn_eps=args.bn_eps,
-            scriptable=args.torchscript,
-            **args.model_kwargs,
-        )
+        model: Any = timm.create_model(args.model, **kwargs, **args.model_kwargs)
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing(True)
     except Exception as e:  # whatever a model's constructor raises at arguments that it does not take
-        raise PreflightError(f'model: {args.model} cannot be built: {_reason(e)}') from e
+        raise PreflightError(f'model: {args.model} cannot be built: {reason(e)}') from e
+    return model
 
 
-def _check_data(args: argparse.Namespace, num_classes: int) -> str:
-    prefix, _, rest = args.dataset.partition('/')
-    prefix, name = (prefix.lower(), rest.split('/')[-1].lower()) if rest else ('', '')
-    if prefix in ('hfds', 'hfids', 'tfds', 'wds'):
-        return f'{args.dataset}: splits, classes and access NOT CHECKED, it is read while training'
-    root = args.data_dir or args.data
-    if not root:
-        raise PreflightError('data_dir: not set, the folder of the data is needed.')
-    splits = {key: getattr(args, key) for key in ('train_split', 'val_split') if key == 'train_split' or args.val_split}
-    if prefix != 'torch' or name in ('folder', 'image_folder'):
-        return _check_folder(args, root, splits, num_classes)
-    if name in _TORCH_CLASSES:
-        return _check_torch(args, root, splits, name, num_classes)
-    return f'{args.dataset} in {root} NOT CHECKED'
+def _in_chans(args: argparse.Namespace) -> int:
+    return args.input_size[0] if args.in_chans is None and args.input_size else args.in_chans or 3
 
 
-def _check_torch(args: argparse.Namespace, root: str, splits: Dict[str, str], name: str, num_classes: int) -> str:
-    for key, split in splits.items():
-        # timm takes the test set for every name but these two, for training as well
-        if (split in ('train', 'training')) != (key == 'train_split'):
-            raise PreflightError(
-                f'{key}: timm takes {split!r} for the {"test" if key == "train_split" else "training"} set of '
-                f'{args.dataset}, write {"train" if key == "train_split" else "test"}.'
-            )
-    _check_num_classes(args, num_classes, _TORCH_CLASSES[name], args.dataset)
-    if os.path.exists(root) and not os.path.isdir(root):
-        raise PreflightError(f'data_dir: {root} is not a folder.')
-    sizes = []
-    for key, split in splits.items():
+def _check_machine(args: argparse.Namespace) -> str:
+    """Modules, device and output folder."""
+    for module in args.device_modules or ():
         try:
-            sizes.append(f'{split} {len(create_dataset(args.dataset, root=root, split=split)):,} images')
-        except RuntimeError as e:
-            if args.dataset_download:
-                return f'{args.dataset}: {num_classes} classes, not complete in {root}, train.py will download it'
-            raise PreflightError(
-                f'data_dir: {root} has no complete {args.dataset} ({key}), --dataset-download fetches it.'
-            ) from e
-    return f'{args.dataset} in {root}: {", ".join(sizes)}, {num_classes} classes'
-
-
-def _check_folder(args: argparse.Namespace, root: str, splits: Dict[str, str], num_classes: int) -> str:
-    if os.path.isfile(root) and root.endswith('.tar'):
-        return f'{root}: a tar file, NOT CHECKED'
-    if not os.path.isdir(root):
-        raise PreflightError(f'data_dir: there is no folder {root}.')
-    found: Dict[str, Dict[str, int]] = {}
-    for key, split in splits.items():
-        folder = _search_split(root, split)
-        if os.path.samefile(folder, root):
-            there = ', '.join(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())[:5])
-            raise PreflightError(
-                f'{key}: there is no folder {split!r} in {root} (but {there or "nothing"}), and train.py would '
-                f'silently take all images in {root}.'
-            )
-        found[folder] = _count_images(folder)
-        if not found[folder]:
-            raise PreflightError(f'{key}: there are no images in {folder}.')
-    sizes = ', '.join(f'{folder} {sum(classes.values()):,} images' for folder, classes in found.items())
-    train = next(iter(found))
-    if sum(found[train].values()) < args.batch_size:
-        raise PreflightError(
-            f'batch_size: {args.batch_size}, but {train} has {sum(found[train].values())} images: train.py leaves out '
-            f'an incomplete batch and would train on none.'
-        )
-    if args.class_map:
-        return f'{sizes}, class_map {args.class_map} NOT CHECKED'
-    for folder, classes in found.items():
-        for name in sorted(classes.keys() ^ found[train].keys()):
-            where, lacks = (folder, train) if name in classes else (train, folder)
-            raise PreflightError(
-                f'{folder}: its classes are not those of {train}, labels would be shifted: {name!r} is in {where}, '
-                f'not in {lacks}.'
-            )
-    _check_num_classes(args, num_classes, len(found[train]), train)
-    return f'{sizes}, {num_classes} classes'
-
-
-def _count_images(folder: str) -> Dict[str, int]:
-    """Number of images of each class, by the name of the folder that they lie in, as timm reads it."""
-    extensions = get_img_extensions(as_set=True)
-    counts: Dict[str, int] = {}
-    for path, _, files in os.walk(folder, followlinks=True):
-        number = sum(os.path.splitext(file)[1].lower() in extensions for file in files)
-        if number:
-            name = os.path.basename(path) if path != folder else ''
-            counts[name] = counts.get(name, 0) + number
-    return counts
-
-
-def _check_num_classes(args: argparse.Namespace, num_classes: int, found: int, where: str) -> None:
-    if found != num_classes:
-        origin = f"{args.model}'s default, " if args.num_classes is None else ''
-        raise PreflightError(f'num_classes: {num_classes} ({origin}but {where} has {found} classes).')
-
-
-def _check_size(args: argparse.Namespace, model: Any) -> str:
+            importlib.import_module(module)  # as train.py: it may bring the device, or models
+        except Exception as e:
+            raise PreflightError(f'device_modules: {module} cannot be imported: {reason(e)}') from e
     try:
-        size = resolve_data_config(vars(args), model=model)['input_size'][1:]
+        torch.zeros(1, device=torch.device(args.device)).item()  # not on meta, whose tensors have no values
+    except Exception as e:  # each backend has its own
+        raise PreflightError(
+            f'device: {shown(args.device)} cannot be used here ({reason(e).split(". ")[0]}). --device cpu trains on '
+            f'the CPU, and lets a config for another machine be checked.'
+        ) from e
+    output = Path(args.output or 'output/train') / args.experiment
+    folder = os.path.abspath(output)
+    while not os.path.lexists(folder):
+        if len(os.path.basename(os.fsencode(folder))) > 255:
+            raise PreflightError(f'output, experiment: {shown(os.path.basename(folder))} is too long for a name.')
+        folder = os.path.dirname(folder)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # leaves nothing behind
+    except OSError as e:
+        raise PreflightError(f'output: {output} cannot be written: {folder}: {e.strerror}.') from e
+    return f'{args.device}, writes to {output}'
+
+
+def _check_training(args: argparse.Namespace, model: Any, data: Dict[str, Any]) -> str:
+    """Make what train.py makes from the options, as it does."""
+    _check_transforms(args, data)
+    known = list_optimizers()
+    name = args.opt.lower().removeprefix('lookahead_')
+    if name not in known:  # timm takes x_sgd for sgd
+        close = difflib.get_close_matches(name, known, 3)
+        meant = f', did you mean {" or ".join(close)}?' if close else '. timm.optim.list_optimizers() has the names.'
+        raise PreflightError(f'opt: timm knows no optimizer {args.opt}{meant}')
+    try:
+        kwargs = {**optimizer_kwargs(cfg=args), 'lr': args.lr or args.lr_base}
+        optimizer = create_optimizer_v2(model, **kwargs, **args.opt_kwargs)
+    except Exception as e:  # each optimizer has its own
+        raise PreflightError(f'opt, opt_kwargs: {args.opt} cannot be made: {reason(e)}') from e
+    try:
+        scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1)
+    except Exception as e:
+        raise PreflightError(f'sched: {args.sched} cannot be made: {reason(e)}') from e
+    if scheduler is None:  # an unknown name, and none, which train.py does not survive
+        raise PreflightError(
+            f'sched: {args.sched} is no schedule, take cosine, tanh, step, multistep, poly, plateau or another of timm.'
+        )
+    if epochs <= (args.start_epoch or 0):
+        raise PreflightError(f'start_epoch: {args.start_epoch} of {epochs} epochs, train.py would do nothing.')
+    if args.torchcompile:
+        try:
+            torch.compile(torch.nn.Identity(), backend=args.torchcompile, mode=args.torchcompile_mode)
+        except Exception as e:
+            raise PreflightError(f'torchcompile, torchcompile_mode: {reason(e)}') from e
+    return f'{type(optimizer).__name__}, {type(scheduler).__name__}, {epochs} epochs'
+
+
+def _check_transforms(args: argparse.Namespace, data: Dict[str, Any]) -> None:
+    channels, height, width = data['input_size']
+    mode = args.input_img_mode or ('RGB' if channels == 3 else 'L')
+    try:
+        image = Image.new('RGB', (width, height)).convert(mode)
+    except Exception as e:
+        raise PreflightError(f'input_img_mode: PIL has no mode {shown(mode)}.') from e
+    if len(image.getbands()) != _in_chans(args):
+        raise PreflightError(
+            f'in_chans: {_in_chans(args)}, but train.py would read images of mode {mode} with {len(image.getbands())} '
+            f'channels: set input_size and input_img_mode, too.'
+        )
+    if args.naflex_loader:
+        return
+    kwargs = {key: getattr(args, key) for key in _TRANSFORM_OPTIONS}
+    kwargs.update(
+        is_training=True,
+        auto_augment=args.aa,
+        interpolation=data['interpolation'] if args.no_aug else args.train_interpolation or data['interpolation'],
+        mean=data['mean'],
+        std=data['std'],
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        use_prefetcher=not args.no_prefetcher,
+    )
+    try:
+        create_transform(data['input_size'], **kwargs)(image)
+    except Exception as e:
+        raise PreflightError(f'the augmentation for training cannot be made: {reason(e)}') from e
+
+
+_TRANSFORM_OPTIONS = (
+    'no_aug train_crop_mode scale ratio hflip vflip color_jitter color_jitter_prob grayscale_prob gaussian_blur_prob'
+).split()
+
+
+def _data_config(args: argparse.Namespace, model: Any) -> Dict[str, Any]:
+    try:
+        return resolve_data_config(vars(args), model=model)
     except AssertionError as e:
         raise PreflightError('mean, std: must have one number for each input channel.') from e
+
+
+def _check_size(args: argparse.Namespace, model: Any, size: Sequence[int]) -> str:
     cfg = model.pretrained_cfg
     if cfg.get('pool_size') and getattr(model, 'feature_info', None):  # a convolutional net
+        if args.naflex_loader:
+            raise PreflightError(f'naflex_loader: makes patches for a vision transformer, {args.model} takes images.')
         reduction = model.feature_info[-1]['reduction']
         for side in {*size, *(args.train_img_sizes or ())}:
             cells = -(-side // reduction)
@@ -318,49 +396,6 @@ def _check_size(args: argparse.Namespace, model: Any) -> str:
                     f'{cells} x {cells}; it was made for {cfg["input_size"][-1]} px.'
                 )
     return ' x '.join(map(str, size)) + ' px'
-
-
-def _check_checkpoint(key: str, path: str, model: Any, name: str) -> str:
-    if not os.path.isfile(path):
-        raise PreflightError(f'{key}: there is no file {path}.')
-    if key == 'resume' and path.endswith('.safetensors'):
-        raise PreflightError(f'{key}: {path} has weights only, start from it with initial_checkpoint.')
-    try:
-        state_dict = load_state_dict(path, use_ema=key != 'resume')
-        found = {k: tuple(v.shape) for k, v in state_dict.items()}
-    except Exception as e:  # torch.load raises many kinds at a damaged file
-        raise PreflightError(f'{key}: {path} cannot be read as a checkpoint: {_reason(e)}') from e
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-    if wrong:
-        raise PreflightError(
-            f'{key}: {path} is not a checkpoint of {name}: {len(wrong)} tensors differ, {wrong[0]} has shape '
-            f'{found.get(wrong[0], "none")} instead of {expected.get(wrong[0], "none")}.'
-        )
-    return f'{path}: all {len(expected)} tensors of the model'
-
-
-def _check_teacher(args: argparse.Namespace, num_classes: int) -> str:
-    name = args.kd_model_name
-    source, _, path = name.partition(':')
-    if source in ('hf-hub', 'hf_hub'):
-        return f'{name}: NOT CHECKED, it comes from the Hub'
-    if source == 'local-dir' and not os.path.isdir(path):
-        raise PreflightError(f'kd_model_name: there is no folder {path}.')
-    try:
-        # A teacher by name is a download, which is left to train.py
-        known: Any = timm.create_model(name, pretrained=True) if source == 'local-dir' else get_pretrained_cfg(name)
-    except Exception as e:  # no config.json, no weights, weights of another model, no such tag
-        raise PreflightError(f'kd_model_name: {name} cannot be loaded: {_reason(e)}') from e
-    if known is None or not (source == 'local-dir' or known.has_weights):
-        raise PreflightError(f'kd_model_name: timm has no weights for {name}, name a folder that has: local-dir:DIR.')
-    if known.num_classes != num_classes:  # timm would replace the teacher's classifier by a random one
-        raise PreflightError(f'kd_model_name: {name} has {known.num_classes} classes, the student {num_classes}.')
-    return f'{name}: {num_classes} classes, ' + ('loads' if source == 'local-dir' else 'weights NOT CHECKED')
-
-
-def _reason(error: Exception) -> str:
-    return f'{type(error).__name__}: {next(iter(str(error).strip().splitlines()), "")}'
 
 
 def preflight(config: str, options: Sequence[str] = ()) -> List[str]:
@@ -377,22 +412,36 @@ def preflight(config: str, options: Sequence[str] = ()) -> List[str]:
         PreflightError: At the first fault.
     """
     args = parse_train_args(config, options)
+    machine = _check_machine(args)
+    checkpoints = [key for key in ('pretrained_path', 'initial_checkpoint', 'resume') if getattr(args, key)]
+    for key in checkpoints:
+        if not os.path.isfile(getattr(args, key)):
+            raise PreflightError(f'{key}: there is no file {getattr(args, key)}.')
     model = build_model(args)
     num_classes = model.num_classes
+    data_config = _data_config(args, model)
+    size = _check_size(args, model, data_config['input_size'][1:])
+    training = _check_training(args, model, data_config)
     lines = [f'config  {config}: all keys and values are options of train.py']
     options_now, options_before = train_options(), train_options(VERSIONS[0])
     newer = [key for key in options_now if key not in options_before]
     newer = [key for key in newer if getattr(args, key) != options_now[key].get('default')]
     if newer:
         lines.append(f'        {", ".join(newer)}: only in a train.py newer than timm {VERSIONS[0]}')
+    if args.aug_repeats:
+        lines.append('        aug_repeats: only with several processes (torchrun)')
+    lines.append(f'device  {machine}')
     parameters = sum(p.numel() for p in model.parameters())
-    lines.append(f'model   {args.model}: {parameters:,} parameters, {num_classes} classes, {_check_size(args, model)}')
-    lines.append(f'data    {_check_data(args, num_classes)}')
-    for key in ('initial_checkpoint', 'resume'):
-        if getattr(args, key):
-            lines.append(f'weights {_check_checkpoint(key, getattr(args, key), model, args.model)}')
+    lines.append(f'model   {args.model}: {parameters:,} parameters, {num_classes} classes, {size}')
+    lines.append(f'train   {training}')
+    if args.pretrained:
+        lines.append(f'weights {check_pretrained(args, model)}')
+    for key in checkpoints:
+        if key != 'pretrained_path':
+            lines.append(f'weights {check_checkpoint(args, key, model)}')
     if args.kd_model_name:
-        lines.append(f'teacher {_check_teacher(args, num_classes)}')
+        lines.append(f'teacher {check_teacher(args, num_classes)}')
+    lines.append(f'data    {check_data(args, num_classes)}')  # last: it may take longest
     return lines
 
 
@@ -401,21 +450,32 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv[:1] in (['-h'], ['--help']):
-            print((__doc__ or '').strip())
+            _say((__doc__ or '').strip().splitlines(), sys.stdout)
             return 0
         if not argv or argv[0].startswith('-'):
             raise PreflightError('usage: python -m timm_sharesnet.preflight CONFIG [options of train.py]')
-        print('\n'.join(preflight(argv[0], argv[1:])))
+        _say(preflight(argv[0], argv[1:]), sys.stdout)
     except PreflightError as e:
-        print('preflight:', ' '.join(str(e).split()), file=sys.stderr)
+        _say([f'preflight: {e}'], sys.stderr)
         return 2
     except OSError as e:
-        print(f'preflight: {e.filename}: {e.strerror}', file=sys.stderr)
+        _say([f'preflight: {e.filename or argv[0]}: {e.strerror or e}'], sys.stderr)
         return 2
     return 0
 
 
+def _say(lines: Sequence[str], stream: TextIO) -> None:
+    """Print lines in which a user's path may have characters that the stream's encoding, or a terminal, has not."""
+    for line in lines:
+        line = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in line[:2000])
+        encoding = stream.encoding or 'utf-8'
+        print(line.encode(encoding, 'backslashreplace').decode(encoding), file=stream)
+
+
 if __name__ == '__main__':
+    if not __debug__:  # timm says much of what is wrong by assertions, which -O takes out
+        env = {k: v for k, v in os.environ.items() if k != 'PYTHONOPTIMIZE'}
+        sys.exit(subprocess.call([sys.executable, '-m', 'timm_sharesnet.preflight', *sys.argv[1:]], env=env))
     logging.disable()  # timm's and torch's own remarks are train.py's to make
     warnings.simplefilter('ignore')
     sys.exit(main())
