@@ -622,6 +622,13 @@ def test_pretrained_needs_weights_of_the_model(folder, capsys):
     assert 'of resnet50: NOT CHECKED, they are downloaded' in accepted(capsys, *options)
 
 
+def test_refuses_to_resume_what_has_no_epoch_left(folder, capsys):
+    save_checkpoint('last.pth')  # of epoch 3, the fourth
+    assert refused(capsys, '--resume', 'last.pth', '--epochs', '4').startswith('resume: last.pth has 4 epochs of 4, ')
+    accepted(capsys, '--resume', 'last.pth', '--epochs', '5')
+    accepted(capsys, '--initial-checkpoint', 'last.pth', '--epochs', '4')
+
+
 def test_resume_needs_more_than_weights(folder, capsys):
     save_file(timm.create_model('resnet92_cifar').state_dict(), 'model.safetensors')
     assert refused(capsys, '--resume', 'model.safetensors').startswith('resume: model.safetensors has weights only')

@@ -6,17 +6,18 @@ import re
 from typing import Any, Dict, Tuple
 
 import timm
+import torch
 from timm.models import get_pretrained_cfg, load_state_dict
 
 from timm_sharesnet._pretrained import unknown_model
 from timm_sharesnet._train_values import PreflightError, reason
 
 
-def check_checkpoint(args: argparse.Namespace, key: str, model: Any) -> str:
+def check_checkpoint(args: argparse.Namespace, key: str, model: Any, epochs: int) -> str:
     """Check that the file of an option, `resume` or `initial_checkpoint`, holds exactly the model's tensors.
 
     Raises:
-        PreflightError: If it cannot be read, or holds others.
+        PreflightError: If it cannot be read, holds others, or is to be resumed and has no epoch left of `epochs`.
     """
     path, name = getattr(args, key), args.model
     if key == 'resume' and path.endswith('.safetensors'):
@@ -40,6 +41,15 @@ def check_checkpoint(args: argparse.Namespace, key: str, model: Any) -> str:
             f'{key}: {path} is not a checkpoint of {name}: {len(wrong)} tensors differ, {wrong[0]} has shape '
             f'{found.get(wrong[0], "none")} instead of {expected.get(wrong[0], "none")}.'
         )
+    if key == 'resume' and args.start_epoch is None:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # as timm
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        epoch, version = checkpoint.get('epoch'), checkpoint.get('version')
+        if not (isinstance(epoch, (int, type(None))) and isinstance(version, (int, type(None)))):
+            raise PreflightError(f'resume: {path} is no checkpoint of train.py: its epoch or version is no number.')
+        done = -1 if epoch is None else epoch + (version is not None and version > 1)
+        if done >= epochs:
+            raise PreflightError(f'resume: {path} has {done} epochs of {epochs}, train.py would do nothing.')
     return f'{path}: all {len(expected)} tensors of the model'
 
 

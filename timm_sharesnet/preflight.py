@@ -38,7 +38,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional, Sequence, TextIO
+from typing import Any, Dict, List, NoReturn, Optional, Sequence, TextIO, Tuple
 
 import timm
 import torch
@@ -306,8 +306,8 @@ def _check_machine(args: argparse.Namespace) -> str:
     return f'{args.device}, writes to {output}'
 
 
-def _check_training(args: argparse.Namespace, model: Any, data: Dict[str, Any]) -> str:
-    """Make what train.py makes from the options, as it does."""
+def _check_training(args: argparse.Namespace, model: Any, data: Dict[str, Any]) -> Tuple[str, int]:
+    """Make what train.py makes from the options, as it does, and return what that is and the number of epochs."""
     _check_transforms(args, data)
     known = list_optimizers()
     name = args.opt.lower().removeprefix('lookahead_')
@@ -335,7 +335,7 @@ def _check_training(args: argparse.Namespace, model: Any, data: Dict[str, Any]) 
             torch.compile(torch.nn.Identity(), backend=args.torchcompile, mode=args.torchcompile_mode)
         except Exception as e:
             raise PreflightError(f'torchcompile, torchcompile_mode: {reason(e)}') from e
-    return f'{type(optimizer).__name__}, {type(scheduler).__name__}, {epochs} epochs'
+    return f'{type(optimizer).__name__}, {type(scheduler).__name__}, {epochs} epochs', epochs
 
 
 def _check_transforms(args: argparse.Namespace, data: Dict[str, Any]) -> None:
@@ -421,7 +421,7 @@ def preflight(config: str, options: Sequence[str] = ()) -> List[str]:
     num_classes = model.num_classes
     data_config = _data_config(args, model)
     size = _check_size(args, model, data_config['input_size'][1:])
-    training = _check_training(args, model, data_config)
+    training, epochs = _check_training(args, model, data_config)
     lines = [f'config  {config}: all keys and values are options of train.py']
     options_now, options_before = train_options(), train_options(VERSIONS[0])
     newer = [key for key in options_now if key not in options_before]
@@ -438,7 +438,7 @@ def preflight(config: str, options: Sequence[str] = ()) -> List[str]:
         lines.append(f'weights {check_pretrained(args, model)}')
     for key in checkpoints:
         if key != 'pretrained_path':
-            lines.append(f'weights {check_checkpoint(args, key, model)}')
+            lines.append(f'weights {check_checkpoint(args, key, model, epochs)}')
     if args.kd_model_name:
         lines.append(f'teacher {check_teacher(args, num_classes)}')
     lines.append(f'data    {check_data(args, num_classes)}')  # last: it may take longest
