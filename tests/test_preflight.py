@@ -392,9 +392,9 @@ def test_says_how_it_is_called(folder, capsys):
     )
 
 
-@pytest.mark.parametrize('option', ['-h', '--help'])
-def test_help_is_no_fault(option, capsys):
-    assert main([option]) == 0
+@pytest.mark.parametrize('argv', [['-h'], ['--help'], ['c.yaml', '--help']], ids=' '.join)
+def test_help_is_no_fault_and_says_what_is_written_and_what_the_exit_codes_mean(argv, capsys):
+    assert main(argv) == 0
     text = capsys.readouterr().out
     assert 'python -m timm_sharesnet.preflight CONFIG' in text
     assert 'writes nothing' in text and 'Exit code 0' in text and 'Exit code 2' in text
@@ -441,6 +441,7 @@ def test_refuses_classes_that_timm_orders_by_chance(folder, capsys, names):
         rename_class(folder, f'{name}.new', name)
     message = refused(capsys)
     assert message.startswith('data/train: the class folders ') and all(repr(name) in message for name in names)
+    accepted(capsys, '--dataset', 'torch/image_folder')  # by torchvision, which does not
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def _conflicts(args: argparse.Namespace) -> Iterator[str]:
             yield f'{name}: must be two numbers, the smaller first, not {shown(value)}.'
     if args.cutmix_minmax and args.cutmix_minmax[0] == args.cutmix_minmax[1]:
         yield f'cutmix_minmax: must be two different numbers, not {shown(args.cutmix_minmax)}.'
-    if sorted(set(args.decay_milestones)) != args.decay_milestones:
+    if args.sched == 'multistep' and sorted(set(args.decay_milestones)) != args.decay_milestones:
         yield f'decay_milestones: must be increasing, not {shown(args.decay_milestones)}.'
     if args.sched == 'plateau' and args.sched_on_updates:
         yield 'sched_on_updates: plateau steps by epoch only.'

@@ -449,7 +449,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line, see the module. Returns the exit code, 0 or 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] in (['-h'], ['--help']):
+        if not {'-h', '--help'}.isdisjoint(argv):
             _say((__doc__ or '').strip().splitlines(), sys.stdout)
             return 0
         if not argv or argv[0].startswith('-'):
