@@ -9,8 +9,8 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg, load_state_dict
 
-from timm_sharesnet._pretrained import unknown_model
-from timm_sharesnet._train_values import PreflightError, reason
+from ._pretrained import unknown_model
+from ._train_values import PreflightError, reason
 
 
 def check_checkpoint(args: argparse.Namespace, key: str, model: Any, epochs: int) -> str:
@@ -26,7 +26,7 @@ def check_checkpoint(args: argparse.Namespace, key: str, model: Any, epochs: int
         state_dict = load_state_dict(path, use_ema=key != 'resume')
         found = {k: tuple(v.shape) for k, v in state_dict.items()}
     except Exception as e:  # torch.load raises many kinds at a damaged file
-        raise PreflightError(f'{key}: {path} {_unreadable(e)}') from e
+        raise PreflightError(f'{key}: {path} {unreadable(e)}') from e
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
     classifier = _classifier(model)
@@ -64,7 +64,7 @@ def check_pretrained(args: argparse.Namespace, model: Any) -> str:
         try:
             found = {k: tuple(v.shape) for k, v in load_state_dict(path).items()}
         except Exception as e:
-            raise PreflightError(f'pretrained_path: {path} {_unreadable(e)}') from e
+            raise PreflightError(f'pretrained_path: {path} {unreadable(e)}') from e
     elif name.startswith(('hf-hub:', 'hf_hub:')) or 'pretrained_cfg' in args.model_kwargs:
         return f'of {name}: NOT CHECKED'
     elif not name.startswith('local-dir:'):
@@ -119,7 +119,7 @@ def _classifier(model: Any) -> Tuple[str, ...]:
 
 def _unloadable(error: Exception) -> str:
     """What to say of a folder or file that timm cannot load into a model."""
-    fault = _unreadable(error)
+    fault = unreadable(error)
     if fault.startswith('is a pickled'):
         return fault
     # Of torch's unpickler, or no such key in config.json
@@ -128,7 +128,7 @@ def _unloadable(error: Exception) -> str:
     return f'cannot be loaded: {reason(error)}'
 
 
-def _unreadable(error: Exception) -> str:
+def unreadable(error: Exception) -> str:
     """What to say of a file that timm's loader cannot read, without torch's advice to load it unsafely."""
     text = f'{error} {error.__cause__ or ""}'
     if re.search(r'GLOBAL|[Uu]nsupported (global|class)|unrecognized function|TorchScript', text):

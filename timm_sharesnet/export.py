@@ -34,6 +34,7 @@ from timm.models import load_state_dict
 from timm.utils import ParseKwargs
 
 from ._pretrained import unknown_model
+from ._train_weights import unreadable
 from .fold import fold
 
 __all__ = [
@@ -329,7 +330,7 @@ def load_model(
         try:
             state_dict = load_state_dict(str(checkpoint), use_ema=True)
         except Exception as e:  # torch.load raises many kinds at a damaged file
-            raise ExportError(f'{checkpoint} cannot be read as a checkpoint: {type(e).__name__}') from e
+            raise ExportError(f'{checkpoint} {unreadable(e)}') from e
     try:
         model = timm.create_model(name, pretrained=checkpoint is None, **kwargs)
     except Exception as e:

@@ -49,10 +49,10 @@ from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ParseKwargs
 
-from timm_sharesnet._pretrained import unknown_model
-from timm_sharesnet._train_data import check_data
-from timm_sharesnet._train_values import PreflightError, check_values, reason, shown
-from timm_sharesnet._train_weights import check_checkpoint, check_local_dir, check_pretrained, check_teacher
+from ._pretrained import unknown_model
+from ._train_data import check_data
+from ._train_values import PreflightError, check_values, reason, shown
+from ._train_weights import check_checkpoint, check_local_dir, check_pretrained, check_teacher
 
 __all__ = [
     'PreflightError',
