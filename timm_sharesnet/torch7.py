@@ -2,22 +2,25 @@
 
 A. Boulch trained ShaResNet in Torch7 and saved whole models: trees of modules in Torch7's binary serialization
 (https://github.com/torch/torch7/blob/master/doc/serialization.md). The PyPI package `torchfile` parses it and runs none
-of it. The tree is compared with the timm model module by module, so that a file whose tensors happen to fit does not
-pass for the network it is not.
+of it; what a file may make it do is bounded here, because a file may be anything. The tree is compared with the timm
+model module by module, so that a file whose tensors happen to fit does not pass for the network it is not.
 
 Paper: A. Boulch, `ShaResNet: reducing residual network parameter number by sharing weights`, Pattern Recognition
 Letters 2018 - https://doi.org/10.1016/j.patrec.2018.01.006
 """
 
-import gzip
+import errno
 import importlib.util
-import io
 import math
+import os
+import re
+import stat
 import struct
 import zlib
 from functools import lru_cache
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
+from io import BufferedReader
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +32,7 @@ import torch
 import torch.nn as nn
 from timm.layers import to_2tuple
 
+from ._pretrained import unknown_model
 from .resnet import ShaResNet
 from .resnetv2 import CifarResNetV2, PreActBottleneck
 from .stage import SharingBlock
@@ -43,6 +47,15 @@ _NET = {
 
 _MAGIC = b'\x04\0\0\0'  # a file begins with the type of its value, 4 for an object
 
+# What a file may cost. Those of the author hold 8 bytes and 32 Torch7 values (of any type: a field is two, its name and
+# what it holds) per value and module of the model, 19 within each other at the deepest.
+_BYTES_PER_VALUE = 4 * 8  # double precision for the value, its gradient, its momentum and a copy
+_OTHER_BYTES = 64 << 20  # of outputs, buffers, names, code
+_VALUES_PER_MODULE = 1000
+_MAX_DEPTH = 64
+_MAX_DIMS = 8
+_BLOCK = 1 << 20  # bytes read at a time
+
 # What a layer is, in words. Two layers are the same if these are.
 _CONV = 'convolution {} -> {}, kernel {}, stride {}, padding {}, dilation {}, groups {}, bias {}'
 _NORM = 'batch norm, eps {}, momentum {}'
@@ -56,7 +69,8 @@ def load_torch7(path: Union[str, 'PathLike[str]'], model_name: str, **model_kwar
         >>> state_dict = load_torch7('resnet-34.t7', 'sharesnet34')  # doctest: +SKIP
 
     The model may have been saved on a CPU or a GPU, with or without gradients, and gzipped. A convolution that the
-    model shares must have the same values wherever the file uses it, and other layers may not share memory.
+    model shares must have the same values wherever the file uses it, and other layers may not share memory. The file
+    need not be trusted: time and memory are bounded by the size of the model that it is said to hold.
 
     Args:
         path: File in Torch7's binary format.
@@ -68,34 +82,60 @@ def load_torch7(path: Union[str, 'PathLike[str]'], model_name: str, **model_kwar
 
     Raises:
         ImportError: If torchfile is not installed.
-        OSError: If the file cannot be read.
-        ValueError: If the model cannot be built, or the file is damaged or holds another network. Then the message
-            names the first layer that differs, what was expected there and what was found.
+        OSError: If the file cannot be read, or memory runs out.
+        ValueError: If the model cannot be built, or the file is damaged, holds more than such a model can need or holds
+            another network. Then the message names the first layer that differs, what was expected there and what was
+            found.
     """
-    torchfile = _torchfile()
+    torchfile, path = _torchfile(), Path(path)
     try:
         model = timm.create_model(model_name, device='meta', **model_kwargs)
     except Exception as e:  # whatever the arguments upset
-        raise ValueError(f'{model_name} cannot be built with {model_kwargs}: {type(e).__name__}: {e}') from e
+        unknown = unknown_model(model_name) if 'Unknown model' in str(e) else ''
+        reason = unknown or f'{model_name} cannot be built with {model_kwargs}: {type(e).__name__}: {e}'
+        raise ValueError(f'{path} cannot be read: {reason}') from e
     if type(model) not in _NET:
-        raise ValueError(f'{model_name} is no model of timm_sharesnet, and only these exist in Torch7.')
-    root = _read(torchfile, Path(path))
+        reason = f'{model_name} is no model of timm_sharesnet, and only these exist in Torch7.'
+        raise ValueError(f'{path} cannot be read: {reason}')
+    tree = _tree(model)
     try:
-        return _convert(model, root)
+        return _convert(model, tree, _read(torchfile, path, model, tree))
     except _Mismatch as e:
         raise ValueError(f'{path} does not hold {model_name}: {e}') from None
+    except MemoryError as e:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from e
 
 
 # ---- The file
 
 
-class _File(io.BytesIO):
+class _File:
     """A file in memory that is never read beyond its end, so that a corrupt size fails and allocates nothing."""
 
-    def read(self, size: Optional[int] = None) -> bytes:
-        if size is None or not 0 <= size <= len(self.getbuffer()) - self.tell():
-            raise EOFError(f'{size} bytes are to follow at {self.tell()} of {len(self.getbuffer())}')
-        return super().read(size)
+    def __init__(self, data: bytearray) -> None:
+        self.data, self.position = memoryview(data), 0
+
+    def read(self, size: int) -> bytes:
+        return bytes(self.view(size))
+
+    def view(self, size: int) -> memoryview:
+        start, end = self.position, self.position + size
+        if not start <= end <= len(self.data):
+            raise ValueError(f'{size} bytes are to follow at {start} of {len(self.data)}')
+        self.position = end
+        return self.data[start:end]
+
+
+class _Table(dict):
+    """A Lua table. Torch7 allows objects as keys, but those of models are numbers and text, and to hash or compare
+    what a file nests 200,000 deep would end the process."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if type(key) not in (int, float, bytes) or key != key:
+            raise ValueError(f'the key of a table is a number or text, found {type(key).__name__}')
+        if key in self:
+            raise ValueError('a table has a key twice')
+        super().__setitem__(key, value)
 
 
 class _Tensor(NamedTuple):
@@ -108,12 +148,15 @@ class _Tensor(NamedTuple):
 
     def numpy(self) -> Optional[np.ndarray]:
         """The values, None if the tensor is empty or more than its storage holds."""
-        if not isinstance(self.storage, np.ndarray) or not self.size or min(self.size) < 1 or min(self.stride) < 0:
+        if self.storage is None or not self.size or min(self.size) < 1:
             return None
-        last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
-        if not 0 <= self.offset <= last < len(self.storage) or math.prod(self.size) > len(self.storage):
+        stride = [s if n > 1 else 0 for n, s in zip(self.size, self.stride, strict=True)]  # of one nobody steps
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.size, stride, strict=True))
+        if min(stride) < 0 or not 0 <= self.offset <= last < len(self.storage):
             return None
-        strides = [s * self.storage.itemsize for s in self.stride]
+        if math.prod(self.size) > len(self.storage):
+            return None
+        strides = [s * self.storage.itemsize for s in stride]
         return np.lib.stride_tricks.as_strided(self.storage[self.offset :], self.size, strides, writeable=False)
 
 
@@ -122,56 +165,134 @@ def _torchfile() -> ModuleType:
         import torchfile
     except ImportError as e:
         raise ImportError("Torch7 files are read with torchfile: pip install 'timm-sharesnet[torch7]'") from e
-    return _with_checked_tensors(torchfile)
+    return _bounded(torchfile)
 
 
 @lru_cache(maxsize=None)
-def _with_checked_tensors(torchfile: ModuleType) -> ModuleType:
-    """Copy torchfile, whose table of readers is global to it, with readers for tensors of all types as `_Tensor`."""
+def _bounded(torchfile: ModuleType) -> Any:
+    """Copy torchfile, whose classes and table of readers are global to it, and bound what a file makes it do.
+
+    Its tables become `_Table`, its tensors of all types `_Tensor`, its storages views of the file's memory.
+    """
     spec = cast(ModuleSpec, torchfile.__spec__)
-    module = importlib.util.module_from_spec(spec)
+    module: Any = importlib.util.module_from_spec(spec)
     cast(Loader, spec.loader).exec_module(module)
+
+    class Reader(module.T7Reader):
+        def __init__(self, file: _File, max_values: int) -> None:
+            super().__init__(file, use_list_heuristic=False)
+            self.depth, self.values, self.max_values = 0, 0, max_values
+
+        def read_obj(self) -> Any:
+            if self.depth == _MAX_DEPTH:
+                raise ValueError(f'values are nested more than {_MAX_DEPTH} deep')
+            if self.values == self.max_values:
+                raise ValueError(f'there are more than {self.max_values:,} values, which the model can not need')
+            self.values += 1
+            self.depth += 1
+            value = super().read_obj()
+            self.depth -= 1
+            return value
+
+        def read_string(self, disable_utf8: bool = False) -> bytes:
+            text: bytes = super().read_string(disable_utf8)
+            if disable_utf8 and not re.fullmatch(rb'[ -~]{1,80}', text):  # the name of a class, or its version
+                raise ValueError(f'{text[:20]!r} of {len(text)} bytes is no name of a class')
+            return text
 
     def read_longs(reader: Any, n: int) -> Tuple[int, ...]:
         return struct.unpack(f'<{n}q', reader.f.read(8 * n))
 
-    def read_tensor(reader: Any, version: bytes) -> _Tensor:
-        ndim = reader.read_int()
-        size, stride, (offset,) = read_longs(reader, ndim), read_longs(reader, ndim), read_longs(reader, 1)
-        return _Tensor(reader.read_obj(), offset - 1, size, stride)
+    def tensor_reader(dtype: np.dtype) -> Any:
+        def read(reader: Any, version: bytes) -> _Tensor:
+            ndim = reader.read_int()
+            if not 0 <= ndim <= _MAX_DIMS:
+                raise ValueError(f'a tensor has {ndim} dimensions, no model needs more than {_MAX_DIMS}')
+            size, stride, (offset,) = read_longs(reader, ndim), read_longs(reader, ndim), read_longs(reader, 1)
+            storage = reader.read_obj()
+            if storage is not None and not (isinstance(storage, np.ndarray) and storage.dtype == dtype):
+                raise ValueError(f'the storage of a tensor is an array of {dtype} or nothing')
+            return _Tensor(storage, offset - 1, size, stride)
+
+        return read
 
     def storage_reader(dtype: np.dtype) -> Any:
-        return lambda reader, version: np.frombuffer(reader.f.read(read_longs(reader, 1)[0] * dtype.itemsize), dtype)
+        return lambda reader, version: np.frombuffer(reader.f.view(read_longs(reader, 1)[0] * dtype.itemsize), dtype)
 
     names = dict(Byte='u1', Char='i1', Short='<i2', Int='<i4', Long='<i8', Half='<f2', Float='<f4', Double='<f8')
     names |= {f'Cuda{name}': dtype for name, dtype in names.items()} | {'Cuda': '<f4'}  # CudaTensor is single precision
     for name, dtype in names.items():
-        module.register_handler(f'torch.{name}Tensor'.encode())(read_tensor)
+        module.register_handler(f'torch.{name}Tensor'.encode())(tensor_reader(np.dtype(dtype)))
         module.register_handler(f'torch.{name}Storage'.encode())(storage_reader(np.dtype(dtype)))
+    module.T7Reader, module.hashable_uniq_dict = Reader, _Table
     return module
 
 
-def _read(torchfile: ModuleType, path: Path) -> Any:
-    with path.open('rb') as f:
-        zipped = f.read(2) == b'\x1f\x8b'
-        f.seek(0)
-        try:
-            file: Any = gzip.open(f) if zipped else f
-            head = file.read(4)
-            data = head + file.read() if head == _MAGIC else b''
-        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-            raise ValueError(f'{path} is a damaged gzip file: {e}') from e
-    if not data:
+def _read(torchfile: Any, path: Path, model: nn.Module, tree: '_Node') -> Any:
+    """Parse a file that is said to hold a model."""
+    size = _OTHER_BYTES + _BYTES_PER_VALUE * _numel(tree)
+    content = _File(_content(path, size))
+    try:
+        root = torchfile.T7Reader(content, _VALUES_PER_MODULE * sum(1 for _ in model.modules())).read_obj()
+    except MemoryError:
+        raise
+    except Exception as e:  # in a damaged file anything can be anywhere
+        reason = str(e) if isinstance(e, ValueError) else f'{type(e).__name__}: {e}'
+        raise ValueError(f'{path} is truncated or no Torch7 model: {reason}') from e
+    if left := len(content.data) - content.position:
+        raise ValueError(f'{path} is no Torch7 model: {left} bytes follow the end of one')
+    return root
+
+
+def _content(path: Path, max_size: int) -> bytearray:
+    """What a file holds, unpacked if it is gzipped."""
+    too_large = f'{path} is no file of such a model: it would hold at most {max_size:,} bytes, found more'
+    data = bytearray()
+    try:
+        mode = path.stat().st_mode
+    except ValueError as e:
+        raise ValueError(f'{str(path)!r} is no path of a file: {e}') from e
+    try:
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a directory fails to open, a pipe might wait for ever
+            raise ValueError(f'{path} is no regular file')
+        with path.open('rb') as f:
+            if os.fstat(f.fileno()).st_size > max_size:
+                raise ValueError(too_large)
+            for block in _blocks(f):
+                data += block
+                if not data.startswith(_MAGIC[: len(data)]):
+                    break
+                if len(data) > max_size:
+                    raise ValueError(too_large)
+    except zlib.error as e:
+        raise ValueError(f'{path} is a damaged gzip file: {e}') from e
+    except OSError as e:
+        if e.filename is None:  # if reading fails, not opening
+            raise OSError(e.errno, e.strerror, str(path)) from e
+        raise
+    if not data.startswith(_MAGIC):
+        head = bytes(data[:4])
         hint = "; it may be ascii, save it with torch.save(path, model, 'binary')" if head.startswith(b'4\n') else ''
         raise ValueError(f'{path} is no Torch7 model: expected it to begin with {_MAGIC!r}, found {head!r}{hint}')
-    content = _File(data)
-    try:
-        root = torchfile.T7Reader(content, use_list_heuristic=False).read_obj()
-    except Exception as e:  # in a damaged file anything can be anywhere
-        raise ValueError(f'{path} is truncated or no Torch7 model: {type(e).__name__}: {e}') from e
-    if content.tell() < len(data):
-        raise ValueError(f'{path} is no Torch7 model: {len(data) - content.tell()} bytes follow the end of one')
-    return root
+    return data
+
+
+def _blocks(f: BufferedReader) -> Iterator[bytes]:
+    """The content of a file in parts of at most `_BLOCK` bytes, however well they were packed."""
+    unpacker = zlib.decompressobj(wbits=31) if f.peek(2)[:2] == b'\x1f\x8b' else None  # of gzip, checksum and all
+    while packed := f.read(_BLOCK):
+        if unpacker is None:
+            yield packed
+            continue
+        while packed and not unpacker.eof:
+            yield unpacker.decompress(packed, _BLOCK)
+            packed = unpacker.unconsumed_tail
+        if unpacker.unused_data or packed:
+            raise zlib.error('more follows its end')
+    if unpacker is not None:
+        yield unpacker.flush()
+        if not unpacker.eof:
+            raise zlib.error('its end is missing')
 
 
 def _fields(obj: Any) -> Dict[bytes, Any]:
@@ -255,6 +376,12 @@ def _tree(model: Any) -> _Node:
     return _Node('fc', 'nn.Sequential', tuple(nodes), 'modules before and with it')
 
 
+def _numel(node: _Node) -> int:
+    """The number of values that a file needs for a tree, if it keeps a shared convolution anew for each block."""
+    own = node.layer.state_dict().values() if isinstance(node.layer, nn.Module) else ()
+    return sum(value.numel() for value in own) + sum(map(_numel, node.children))
+
+
 def _describe(layer: Any) -> str:
     """Say what a layer is, of timm's and Torch7's in the same words."""
     m: Any = layer
@@ -272,20 +399,23 @@ def _describe(layer: Any) -> str:
 
     if not isinstance(m, _torchfile().TorchObject):
         return 'nothing' if m is None else 'no module'
-    name = m._typename.decode(errors='replace')
+    name = m._typename.decode()
     kind = name.removeprefix('cudnn.').removeprefix('nn.')
     fields = _fields(m)
 
     def get(key: bytes, default: Any = None) -> Any:
         value = fields.get(key, default)
-        return value if isinstance(value, (int, float)) else '?'
+        return value if isinstance(value, (int, float)) and abs(value) < 1e9 else '?'
 
     kernel, stride = (get(b'kH'), get(b'kW')), (get(b'dH'), get(b'dW'))
     padding = (get(b'padH', fields.get(b'padding', 0)), get(b'padW', fields.get(b'padding', 0)))  # one in old files
     if kind in ('SpatialConvolution', 'SpatialConvolutionMM'):
-        bias = fields.get(b'bias')  # zeros where an old cuDNN could not do without
-        has_bias = isinstance(bias, _Tensor) and bool(np.any(bias.numpy()))
         chs = (get(b'nInputPlane'), get(b'nOutputPlane'))
+        bias = fields.get(b'bias')
+        has_bias = bias is not None
+        if isinstance(bias, _Tensor) and bias.size in ((), chs[1:]):  # else of no convolution, and may be of any size
+            values = bias.numpy()
+            has_bias = bool(bias.size) and (values is None or bool(np.any(values)))  # zeros if an old cuDNN needed one
         return _CONV.format(*chs, kernel, stride, padding, (1, 1), get(b'groups', 1), has_bias)
     if kind == 'SpatialBatchNormalization':
         return _NORM.format(get(b'eps'), get(b'momentum'))
@@ -317,12 +447,12 @@ def _walk(node: _Node, obj: Any) -> Iterator[Tuple[_Node, Any]]:
             raise _Mismatch(node, f'{len(children)} {node.unit}', len(modules))
 
 
-def _convert(model: nn.Module, root: Any) -> Dict[str, torch.Tensor]:
+def _convert(model: nn.Module, tree: _Node, root: Any) -> Dict[str, torch.Tensor]:
     """Collect the state dict. Each tensor is checked where it is met, so that the first fault is the one named."""
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     state_dict: Dict[str, torch.Tensor] = {}
     owners: Dict[Tuple[int, int], str] = {}  # (storage, offset) -> name
-    for node, obj in _walk(_tree(model), root):
+    for node, obj in _walk(tree, root):
         for key in cast(nn.Module, node.layer).state_dict():
             name, place = f'{node.name}.{key}', node._replace(name=f'{node.name}.{key}')
             if key == 'num_batches_tracked':
