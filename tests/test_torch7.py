@@ -7,6 +7,7 @@ are skipped where that folder is missing.
 import gzip
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import pickle
@@ -14,6 +15,9 @@ import re
 import struct
 import subprocess
 import sys
+import time
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict
 
@@ -24,9 +28,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from models import create
-from torch7_writer import Module, Storage, Tensor, serialize, tree, write
+from torch7_writer import Module, Raw, Storage, Tensor, serialize, tree, write
 
-from timm_sharesnet import load_torch7
+from timm_sharesnet import load_torch7, torch7
 
 DATA = Path(__file__).parent / 'data' / 'torch7'
 ORACLE = Path(os.environ.get('SHARESNET_SHARED', 'not-set')) / 'oracle'
@@ -665,6 +669,301 @@ def test_no_damage_has_other_consequences_than_a_refusal(tmp_path: Path) -> None
         else:
             assert state_dict.keys() == model.state_dict().keys()
     assert refused > 20
+
+
+# ---- Hostile files
+
+
+def nested(head: bytes, n: int, tail: bytes = b'') -> bytes:
+    """n objects of which each holds the next. `head` is what stands in each before it, from its type on."""
+    kind, rest = head[:4], head[4:]
+    return b''.join(kind + struct.pack('<i', 10**6 + i) + rest for i in range(n)) + bytes(4) + n * tail
+
+
+def in_a_row(head: bytes, n: int, tail: bytes = b'', as_keys: bool = False) -> bytes:
+    """A table of n objects of which each refers to the one before it."""
+    kind, rest = head[:4], head[4:]
+    out = [struct.pack('<iii', 3, 10**6 - 1, n)]
+    for i in range(n):
+        before = kind + struct.pack('<i', 10**6 + i - 1) if i else bytes(4)
+        value = kind + struct.pack('<i', 10**6 + i) + rest + before + tail
+        out.append(value + bytes(4) if as_keys else struct.pack('<id', 1, i + 1) + value)
+    return b''.join(out)
+
+
+def text(s: str) -> bytes:
+    return struct.pack('<i', len(s)) + s.encode()
+
+
+ONE = struct.pack('<id', 1, 1)
+VERSION = struct.pack('<i', 4) + text('V 1')
+HOLDERS = {  # what begins an object that holds another, and what ends it
+    'function': (struct.pack('<ii', 6, 0), b''),
+    'new_function': (struct.pack('<ii', 8, 0), b''),
+    'tensor': (VERSION + text('torch.FloatTensor') + struct.pack('<iqqq', 1, 1, 1, 1), b''),
+    'object': (VERSION + text('nn.Identity'), b''),
+    'table': (struct.pack('<ii', 3, 1) + ONE, b''),
+    'key_of_a_table': (struct.pack('<ii', 3, 1), bytes(4)),
+    'vec': (VERSION + text('tds.Vec') + struct.pack('<ii', 1, 0), b''),
+    'key_of_a_hash': (VERSION + text('tds.Hash') + struct.pack('<ii', 1, 0), bytes(4)),
+}
+
+
+def raw(data: bytes) -> Raw:
+    return Raw(('b', data))
+
+
+def refusal(path: Path, model: nn.Module) -> str:
+    """Why a file is refused. The message begins with its path, and is not long."""
+    with pytest.raises((ValueError, OSError)) as e:
+        load_like(path, model)
+    assert str(e.value).startswith(f'{path} ') and len(str(e.value)) < len(str(path)) + 500
+    return str(e.value).removeprefix(str(path))
+
+
+@pytest.mark.parametrize('holder', HOLDERS)
+def test_refuses_200000_objects_within_each_other(holder: str, preact: nn.Module, tmp_path: Path) -> None:
+    head, tail = HOLDERS[holder]
+    net = tree(preact, gradients=False)
+    net.fields['output'] = raw(nested(head, 200_000, tail))
+    assert 'nested more than 64 deep' in refusal(write(tmp_path / 'net.t7', net), preact)
+    net.fields['output'] = raw(struct.pack('<iii', 3, 10**6 - 1, 1) + nested(head, 200_000, tail) + bytes(4))
+    assert 'nested more than 64 deep' in refusal(write(tmp_path / 'net.t7', net), preact)
+
+
+@pytest.mark.parametrize('holder', HOLDERS)
+def test_refuses_200000_objects_as_keys(holder: str, preact: nn.Module, tmp_path: Path) -> None:
+    """Each refers to the one before it, so that nothing is deep to read, but all is to hash."""
+    head, tail = HOLDERS[holder]
+    net = tree(preact, gradients=False)
+    net.fields['output'] = raw(in_a_row(head, 200_000, tail, as_keys=True))
+    message = refusal(write(tmp_path / 'net.t7', net), preact)
+    assert 'the key of a table is a number or text' in message or 'an array of float32 or nothing' in message
+
+
+def test_refuses_more_values_than_the_model_can_need(preact: nn.Module, tmp_path: Path) -> None:
+    net = tree(preact, gradients=False)
+    net.fields['output'] = raw(in_a_row(HOLDERS['object'][0], 200_000))
+    assert 'values, which the model can not need' in refusal(write(tmp_path / 'net.t7', net), preact)
+
+
+@pytest.mark.parametrize(
+    'holder', ['function', *(pytest.param(h, marks=pytest.mark.slow) for h in ('object', 'table', 'vec'))]
+)
+def test_frees_200000_objects_that_refer_to_each_other(
+    holder: str, preact: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the model is so large that it might need them. They are not deep in the file, but in memory."""
+    monkeypatch.setattr(torch7, '_VALUES_PER_MODULE', 10**6)
+    net = tree(preact, gradients=False)
+    net.fields['output'] = raw(in_a_row(HOLDERS[holder][0], 200_000))
+    assert_same(load_like(write(tmp_path / 'net.t7', net), preact), preact)
+
+
+class TableOfOne(dict):
+    def __init__(self, key: Any) -> None:
+        super().__init__(any=1)
+        self.key = key
+
+    def items(self) -> Any:
+        return [(self.key, 1)]
+
+
+@pytest.mark.parametrize(
+    'key',
+    [
+        *(None, True, {}, [], tensor(3), Storage(np.ones(3)), Module('nn.Identity'), float('nan')),
+        *(raw(head + bytes(4)) for head in (struct.pack('<iii', 6, 999, 0), struct.pack('<iii', 8, 999, 0))),
+    ],
+    ids='nil boolean table list tensor storage object nan function new_function'.split(),
+)
+def test_refuses_keys_that_are_no_numbers_or_text(key: Any, preact: nn.Module, tmp_path: Path) -> None:
+    net = tree(preact, gradients=False)
+    net.fields['output'] = TableOfOne(key)
+    assert 'the key of a table is a number or text, found' in refusal(write(tmp_path / 'net.t7', net), preact)
+
+
+def test_refuses_a_key_twice(preact: nn.Module, tmp_path: Path) -> None:
+    net = tree(preact, gradients=False)
+    net.fields['output'] = raw(struct.pack('<iii', 3, 998, 2) + 4 * ONE)
+    assert 'a table has a key twice' in refusal(write(tmp_path / 'net.t7', net), preact)
+
+
+def test_refuses_a_tensor_in_place_of_a_storage(preact: nn.Module, tmp_path: Path) -> None:
+    net = tree(preact, gradients=False)
+    head = VERSION[:4] + struct.pack('<i', 998) + VERSION[4:] + text('torch.FloatTensor')
+    for storage in (ONE, serialize('text'), struct.pack('<iii', 3, 999, 0), struct.pack('<ii', 4, 1)):
+        net.fields['output'] = raw(head + struct.pack('<iqqq', 1, 3, 1, 1) + storage)
+        assert 'an array of float32 or nothing' in refusal(write(tmp_path / 'net.t7', net), preact)
+
+
+def test_reads_a_net_that_contains_itself_where_nobody_looks(preact: nn.Module, tmp_path: Path) -> None:
+    net = tree(preact)
+    net.fields['parent'], net.fields['fields'] = net, net.fields
+    assert_same(load_like(write(tmp_path / 'net.t7', net), preact), preact)
+
+
+@pytest.mark.parametrize('path,layer', [('1', 'layer1'), ('1.1', 'layer1.blocks.1'), ('', 'conv1')])
+def test_refuses_a_container_that_contains_itself(path: str, layer: str, preact: nn.Module, tmp_path: Path) -> None:
+    net = tree(preact)
+    container = at(net, path) if path else net
+    container.fields['modules'][0] = container
+    assert f'does not hold sharesnet164_cifar: {layer}' in refusal(write(tmp_path / 'net.t7', net), preact)
+
+
+@pytest.mark.parametrize('stride', [2**62, 2**63 - 1, -(2**63), -1])
+def test_refuses_strides_beyond_the_storage(stride: int, preact: nn.Module, tmp_path: Path) -> None:
+    net = tree(preact)
+    net[8].fields['weight'].stride = [stride, 1]
+    message = refusal(write(tmp_path / 'net.t7', net), preact)
+    assert 'fc.weight: expected floating point numbers, found none in its storage' in message
+
+
+@pytest.mark.parametrize('stride', [2**62, -1])
+def test_reads_a_dimension_of_one_with_any_stride(stride: int, tmp_path: Path) -> None:
+    model = create('sharesnet164_cifar', layers=(1, 1, 1), num_classes=1)
+    net = tree(model)
+    net[8].fields['weight'].stride = [stride, 1]
+    assert_same(load_like(write(tmp_path / 'net.t7', net), model), model)
+
+
+@pytest.mark.parametrize('ndim', [9, 70, 2**20])
+def test_refuses_tensors_of_many_dimensions(ndim: int, preact: nn.Module, tmp_path: Path) -> None:
+    net = tree(preact, gradients=False)
+    net[0].fields['bias'] = Tensor(Storage(np.ones(16)), ndim * (1,), stride=ndim * [1])
+    assert f'a tensor has {ndim} dimensions' in refusal(write(tmp_path / 'net.t7', net), preact)
+
+
+@pytest.mark.parametrize('size', [(16, 1), (2**40,), (2**62, 2**62), (17,), (-16,), (0,)])
+def test_refuses_biases_of_other_shapes_even_if_zero(size: Any, preact: nn.Module, tmp_path: Path) -> None:
+    net = tree(preact)
+    net[0].fields['bias'] = Tensor(Storage(np.zeros(16)), size, stride=len(size) * [0])
+    assert 'conv1: expected' in refusal(write(tmp_path / 'net.t7', net), preact)
+
+
+def test_refuses_a_bias_without_values(preact: nn.Module, tmp_path: Path) -> None:
+    net = tree(preact)
+    net[0].fields['bias'] = Tensor(Storage(np.zeros(8)), (16,))
+    assert 'found convolution' in refusal(write(tmp_path / 'net.t7', net), preact)
+    net[0].fields['bias'] = 0
+    assert 'found convolution' in refusal(write(tmp_path / 'net.t7', net), preact)
+
+
+@pytest.mark.parametrize('name', ['', 'A' * 10**6, 'nn.\n', 'nn.\0ReLU', 'nn.Größe'])
+def test_refuses_strange_names_of_classes_in_a_short_message(name: str, preact: nn.Module, tmp_path: Path) -> None:
+    net = tree(preact, gradients=False)
+    net[5].name = name
+    assert 'is no name of a class' in refusal(write(tmp_path / 'net.t7', net), preact)
+
+
+@pytest.mark.parametrize('value', [1e308, -1e308, float('inf'), float('nan'), 2.0**62])
+def test_refuses_strange_numbers_in_a_short_message(value: float, preact: nn.Module, tmp_path: Path) -> None:
+    net = tree(preact, gradients=False)
+    net[0].fields.update({key: value for key in ('kW', 'kH', 'dW', 'dH', 'padH', 'padW', 'nInputPlane', 'groups')})
+    assert 'found convolution ? -> 16' in refusal(write(tmp_path / 'net.t7', net), preact)
+
+
+@pytest.mark.parametrize('version', ['V nan', 'V inf', 'V 1e999', 'V x', 'V '])
+def test_refuses_strange_versions(version: str, preact: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / 'net.t7'
+    path.write_bytes(serialize(tree(preact, gradients=False)).replace(text('V 1'), text(version), 1))
+    assert 'is truncated or no Torch7 model' in refusal(path, preact)
+
+
+def bomb(size: int) -> bytes:
+    """A gzip file that unpacks to `size` bytes, a thousand times as many as it has."""
+    packer = zlib.compressobj(9, wbits=31)
+    start = packer.compress(struct.pack('<i', 4)) + packer.flush(zlib.Z_FULL_FLUSH)
+    packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    block = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return start + block * (size >> 20)
+
+
+def test_unpacks_no_more_than_the_model_can_need(preact: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / 'net.t7'
+    path.write_bytes(bomb(8 << 30))
+    assert path.stat().st_size < 10 << 20
+    tracemalloc.start()
+    start = time.perf_counter()
+    message = refusal(path, preact)
+    seconds, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert re.search(r'it would hold at most [\d,]+ bytes, found more', message)
+    assert peak < 200 << 20 and seconds < 20
+
+
+def test_reads_no_file_larger_than_the_model_can_need(preact: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / 'net.t7'
+    path.write_bytes(struct.pack('<i', 4))
+    os.truncate(path, 20 << 30)
+    start = time.perf_counter()
+    assert re.search(r'it would hold at most [\d,]+ bytes, found more', refusal(path, preact))
+    assert time.perf_counter() - start < 5
+
+
+def test_refuses_more_after_a_gzip(preact: nn.Module, tmp_path: Path) -> None:
+    packed = gzip.compress(serialize(tree(preact)), 1)
+    path = tmp_path / 'net.t7'
+    for more in (b'\0', packed, gzip.compress(b'') * 100_000):
+        path.write_bytes(packed + more)
+        assert refusal(path, preact) == ' is a damaged gzip file: more follows its end'
+
+
+@pytest.mark.parametrize('extra', [-1, 0, 1])
+def test_reads_a_gzip_of_whole_blocks(extra: int, preact: nn.Module, tmp_path: Path) -> None:
+    net = tree(preact)
+    net.fields['output'] = ''
+    net.fields['output'] = ((-len(serialize(net))) % torch7._BLOCK + extra) * 'x'
+    for level in (0, 9):
+        (tmp_path / 'net.t7').write_bytes(gzip.compress(serialize(net), level))
+        assert_same(load_like(tmp_path / 'net.t7', preact), preact)
+
+
+def test_refuses_what_is_no_regular_file(preact: nn.Module, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / 'net.t7')  # to open it would wait for a writer
+    for path in (tmp_path / 'net.t7', Path('/dev/zero'), Path('/dev/null')):
+        assert refusal(path, preact) == ' is no regular file'
+
+
+@pytest.mark.parametrize('path', ['net\0.t7', '\ud800.t7'])
+def test_refuses_what_is_no_path(path: str) -> None:
+    with pytest.raises(ValueError) as e:
+        load_torch7(path, 'sharesnet34')
+    assert str(e.value).startswith(f'{path!r} is no path of a file: ')
+
+
+@pytest.mark.skipif(not Path('/proc/self/mem').exists(), reason='needs a file that opens and cannot be read')
+def test_an_error_while_reading_names_the_file() -> None:
+    with pytest.raises(OSError, match=r"Input/output error: '/proc/self/mem'"):
+        load_torch7('/proc/self/mem', 'sharesnet34')
+
+
+@pytest.mark.parametrize('function', ['_content', '_File', '_convert'])
+def test_lack_of_memory_is_an_os_error_that_names_the_file(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*args: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(torch7, function, no_memory)
+    with pytest.raises(OSError, match=r"Cannot allocate memory: '.*preact-29-c10.t7.gz'"):
+        load_torch7(DATA / 'preact-29-c10.t7.gz', 'sharesnet164_cifar', **PREACT)
+
+
+def test_a_full_stack_is_not_blamed_on_the_file() -> None:
+    def at_depth(n: int) -> Any:
+        if n > 0:
+            return at_depth(n - 1)
+        return load_torch7(DATA / 'preact-29-c10.t7.gz', 'sharesnet164_cifar', **PREACT)
+
+    limit, outcomes = sys.getrecursionlimit(), set()
+    depth = len(inspect.stack(0))
+    for left in range(15, 100, 4):
+        try:
+            at_depth(limit - depth - left)
+            outcomes.add('read')
+        except ValueError as e:
+            assert re.search('cannot be read this deep in the stack|cannot be built with', str(e))
+            outcomes.add('refused')
+    assert outcomes == {'read', 'refused'} and sys.getrecursionlimit() == limit
 
 
 def test_says_what_to_install_without_torchfile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
 """Writes models as the author's Torch7 files: for the tests of the importer.
 
 `tree` builds the tree of modules of a timm model, `write` serializes it. Between the two a test changes what it likes:
-modules are found by index, as in Lua but from 0 (`net[4][0]`), and fields by name (`net[0].fields['kW'] = 5`).
+modules are found by index, as in Lua but from 0 (`net[4][0]`), and fields by name (`net[0].fields['kW'] = 5`). What no
+Lua program could save is written as `Raw`, or changed between `atoms` and `pack`.
 """
 
 import struct
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Union
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ class Storage:
 
 
 class Tensor:
-    def __init__(self, storage: Storage, size: Any = None, offset: int = 0) -> None:
-        self.storage, self.offset = storage, offset
+    def __init__(self, storage: Storage, size: Any = None, offset: int = 0, stride: Any = None) -> None:
+        self.storage, self.offset, self.stride = storage, offset, stride
         self.size = tuple(storage.values.shape if size is None else size)
 
     @property
@@ -139,17 +140,40 @@ def tree(model: nn.Module, kind: str = 'Float', cudnn: bool = False, gradients: 
     return Module('nn.Sequential', conv('conv1'), bn('bn1'), relu(), pool, *stages, average(7), view, linear)
 
 
+Atom = Tuple[str, Any]  # an int (i), long (q), double (d), text after its length (t) or bytes as they are (b)
+
+
+class Raw:
+    """A value given by its atoms."""
+
+    def __init__(self, *atoms: Atom) -> None:
+        self.atoms = atoms
+
+
 def serialize(value: Any) -> bytes:
-    """Torch7's binary serialization. Tables and objects are written once, then referred to by their number."""
-    out: List[bytes] = []
+    """Torch7's binary serialization."""
+    return pack(atoms(value))
+
+
+def pack(atoms: List[Atom]) -> bytes:
+    def one(kind: str, value: Any) -> bytes:
+        if kind == 't':
+            return struct.pack('<i', len(value)) + value
+        return value if kind == 'b' else struct.pack(f'<{kind}', value)
+
+    return b''.join(one(*atom) for atom in atoms)
+
+
+def atoms(value: Any) -> List[Atom]:
+    """What the file of a value consists of. Tables and objects are written once, then referred to by their number."""
+    out: List[Atom] = []
     numbers: Dict[int, int] = {}
 
-    def put(fmt: str, *values: Any) -> None:
-        out.append(struct.pack('<' + fmt, *values))
+    def put(kinds: str, *values: Any) -> None:
+        out.extend(zip(kinds, values, strict=True))
 
     def string(s: str) -> None:
-        put('i', len(s))
-        out.append(s.encode())
+        put('t', s.encode())
 
     def new(type_index: int, x: Any) -> bool:
         known = id(x) in numbers
@@ -164,16 +188,17 @@ def serialize(value: Any) -> bytes:
 
     def tensor(x: Tensor) -> None:
         size = x.size if x.storage.values.size else ()
-        stride = [int(np.prod(size[i + 1 :])) for i in range(len(size))]
-        put(f'i{2 * len(size) + 1}q', len(size), *size, *stride, x.offset + 1)
+        stride = x.stride or [int(np.prod(size[i + 1 :])) for i in range(len(size))]
+        put('i' + 'q' * (2 * len(size) + 1), len(size), *size, *stride, x.offset + 1)
         write(x.storage if size else None)
 
     def storage(x: Storage) -> None:
-        put('q', x.values.size)
-        out.append(x.values.tobytes())
+        put('qb', x.values.size, x.values.tobytes())
 
-    def write(x: Union[None, bool, int, float, str, list, dict, Module, Tensor, Storage]) -> None:
-        if x is None:
+    def write(x: Any) -> None:
+        if isinstance(x, Raw):
+            out.extend(x.atoms)
+        elif x is None:
             put('i', 0)
         elif isinstance(x, bool):
             put('ii', 5, x)
@@ -197,7 +222,7 @@ def serialize(value: Any) -> bytes:
             torch_object(x, f'torch.{x.kind}Storage', 1, lambda: storage(x))
 
     write(value)
-    return b''.join(out)
+    return out
 
 
 def write(path: Path, net: Any) -> Path:

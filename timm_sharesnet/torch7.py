@@ -90,20 +90,22 @@ def load_torch7(path: Union[str, 'PathLike[str]'], model_name: str, **model_kwar
     torchfile, path = _torchfile(), Path(path)
     try:
         model = timm.create_model(model_name, device='meta', **model_kwargs)
+        tree = _tree(model) if type(model) in _NET else None
     except Exception as e:  # whatever the arguments upset
-        unknown = unknown_model(model_name) if 'Unknown model' in str(e) else ''
+        unknown = unknown_model(model_name) if ':' not in model_name else ''
         reason = unknown or f'{model_name} cannot be built with {model_kwargs}: {type(e).__name__}: {e}'
         raise ValueError(f'{path} cannot be read: {reason}') from e
-    if type(model) not in _NET:
+    if tree is None:
         reason = f'{model_name} is no model of timm_sharesnet, and only these exist in Torch7.'
         raise ValueError(f'{path} cannot be read: {reason}')
-    tree = _tree(model)
     try:
         return _convert(model, tree, _read(torchfile, path, model, tree))
     except _Mismatch as e:
         raise ValueError(f'{path} does not hold {model_name}: {e}') from None
     except MemoryError as e:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from e
+    except RecursionError as e:
+        raise ValueError(f'{path} cannot be read this deep in the stack: {e}') from e
 
 
 # ---- The file
@@ -234,7 +236,7 @@ def _read(torchfile: Any, path: Path, model: nn.Module, tree: '_Node') -> Any:
     content = _File(_content(path, size))
     try:
         root = torchfile.T7Reader(content, _VALUES_PER_MODULE * sum(1 for _ in model.modules())).read_obj()
-    except MemoryError:
+    except (MemoryError, RecursionError):  # of this process, not of the file
         raise
     except Exception as e:  # in a damaged file anything can be anywhere
         reason = str(e) if isinstance(e, ValueError) else f'{type(e).__name__}: {e}'
