@@ -47,11 +47,11 @@ _NET = {
 
 _MAGIC = b'\x04\0\0\0'  # a file begins with the type of its value, 4 for an object
 
-# What a file may cost. Those of the author hold 8 bytes and 32 Torch7 values (of any type: a field is two, its name and
-# what it holds) per value and module of the model, 19 within each other at the deepest.
-_BYTES_PER_VALUE = 4 * 8  # double precision for the value, its gradient, its momentum and a copy
-_OTHER_BYTES = 64 << 20  # of outputs, buffers, names, code
-_VALUES_PER_MODULE = 1000
+# What a file may cost. The author's, cleared models with gradients in single precision, have 8 bytes per number of the
+# state dict, and 32 objects (numbers, names, tables, tensors, ...) per module of timm's model, nested 19 deep.
+_BYTES_PER_NUMBER = 4 * 8  # double precision for the number, its gradient, its momentum and a copy
+_OTHER_BYTES = 64 << 20  # outputs and buffers of a small batch, names, code
+_OBJECTS_PER_MODULE = 1000
 _MAX_DEPTH = 64
 _MAX_DIMS = 8
 _BLOCK = 1 << 20  # bytes read at a time
@@ -129,8 +129,7 @@ class _File:
 
 
 class _Table(dict):
-    """A Lua table. Torch7 allows objects as keys, but those of models are numbers and text, and to hash or compare
-    what a file nests 200,000 deep would end the process."""
+    """A Lua table. Torch7 allows any object as key, but models have none, and to hash a deep one ends the process."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if type(key) not in (int, float, bytes) or key != key:
@@ -181,16 +180,16 @@ def _bounded(torchfile: ModuleType) -> Any:
     cast(Loader, spec.loader).exec_module(module)
 
     class Reader(module.T7Reader):
-        def __init__(self, file: _File, max_values: int) -> None:
+        def __init__(self, file: _File, max_objects: int) -> None:
             super().__init__(file, use_list_heuristic=False)
-            self.depth, self.values, self.max_values = 0, 0, max_values
+            self.depth, self.left, self.max_objects = 0, max_objects, max_objects
 
         def read_obj(self) -> Any:
             if self.depth == _MAX_DEPTH:
-                raise ValueError(f'values are nested more than {_MAX_DEPTH} deep')
-            if self.values == self.max_values:
-                raise ValueError(f'there are more than {self.max_values:,} values, which the model can not need')
-            self.values += 1
+                raise ValueError(f'objects are nested more than {_MAX_DEPTH} deep')
+            if not self.left:
+                raise ValueError(f'there are more than {self.max_objects:,} objects, which such a model cannot need')
+            self.left -= 1
             self.depth += 1
             value = super().read_obj()
             self.depth -= 1
@@ -232,10 +231,10 @@ def _bounded(torchfile: ModuleType) -> Any:
 
 def _read(torchfile: Any, path: Path, model: nn.Module, tree: '_Node') -> Any:
     """Parse a file that is said to hold a model."""
-    size = _OTHER_BYTES + _BYTES_PER_VALUE * _numel(tree)
-    content = _File(_content(path, size))
+    content = _File(_content(path, _OTHER_BYTES + _BYTES_PER_NUMBER * _numel(tree)))
+    max_objects = _OBJECTS_PER_MODULE * len(list(model.modules()))
     try:
-        root = torchfile.T7Reader(content, _VALUES_PER_MODULE * sum(1 for _ in model.modules())).read_obj()
+        root = torchfile.T7Reader(content, max_objects).read_obj()
     except (MemoryError, RecursionError):  # of this process, not of the file
         raise
     except Exception as e:  # in a damaged file anything can be anywhere
@@ -379,7 +378,7 @@ def _tree(model: Any) -> _Node:
 
 
 def _numel(node: _Node) -> int:
-    """The number of values that a file needs for a tree, if it keeps a shared convolution anew for each block."""
+    """The numbers that a file needs for a tree, if it keeps a shared convolution anew for each block."""
     own = node.layer.state_dict().values() if isinstance(node.layer, nn.Module) else ()
     return sum(value.numel() for value in own) + sum(map(_numel, node.children))
 
