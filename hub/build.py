@@ -4,18 +4,26 @@
     python hub/build.py output/train/RUN --model shawrn40_4.modern_c10 --data-dir cifar10
     python hub/build.py IMPORTED --model sharesnet34.torch7_in1k --data-dir imagenet
     python hub/build.py hub/ARCH.TAG --model ARCH.TAG     the same weights again, a new card
+    python hub/build.py RUN --model sharesnet50.x --data-dir birds --dataset-name Birds --output OWN --namespace ME
 
 PATH is a checkpoint, an output directory of timm's train.py or of hub/import_torch7.py, or a folder made here. The last
 checkpoint is taken, not the best one, which was chosen on the test images, and the averaged weights if they are better.
 The accuracy is measured with the written file on DIR/test (CIFAR), DIR/val or DIR/validation (ImageNet), one folder a
-class; without DIR it is "not measured", unless the weights are the ones measured before. onnx/ gets the net as it is
-deployed: fp32, and int8 if images of DIR/train are there to calibrate it with; both are measured alike, and beside them
-the files that the unshared twin would have. Nothing is written if anything is wrong. It needs onnx, onnxscript and
-onnxruntime (timm-sharesnet[onnx]), and matplotlib to draw curves.
+class in train.py's order; without --data-dir it is "not measured", unless the weights are the ones measured before.
+onnx/ gets the net as it is deployed: fp32, and int8 if images of DIR/train are there to calibrate it with; both are
+measured alike, and beside them the files that the unshared twin would have.
+
+With --output OWN the net is your own, and all is written below OWN, nothing in hub/: OWN/ARCH.TAG, OWN/manifest.json
+and OWN/weights.json. What the options tell of data and licence is kept there, so say it once. The names of the classes
+are those of the image folders (test, else val or validation), or of --class-names.
+
+Written are the folder, its entries in manifest.json and weights.json, and the copy in the package of weights that
+travel in it; all of it, or nothing if anything is wrong. Exit code 0, or 1 and a line for each fault. It needs onnx,
+onnxscript and onnxruntime (timm-sharesnet[onnx]), and matplotlib to draw curves.
 """
 
 import argparse
-import csv
+import contextlib
 import datetime
 import json
 import logging
@@ -25,69 +33,135 @@ import re
 import shutil
 import tempfile
 import warnings
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import card
+import catalog
 import folder
-from folder import DATASETS, WEIGHTS, Fault
+import provenance
+import yaml
+from catalog import Dataset
+from folder import WEIGHTS, Fault
 
 HALF_ABOVE = 20e6  # bytes of fp32, above which our own weights are stored as fp16
 CALIBRATION = 256  # training images that int8 is calibrated with
+HUB_ID = r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*'
+METADATA = {'license': r'[a-z0-9][a-z0-9.-]*', 'base_model': HUB_ID, 'new_version': HUB_ID}
 
 
 def main():
+    args = parse_arguments()
+    shelf = catalog.open_shelf(args.output)
+    namespace = catalog.choose_namespace(args.namespace, shelf)
+    release = catalog.parse(args.model, shelf)
+    metadata = describe_metadata(args, release)
+    folder.require_onnx()
+    if folder.aside(release.path).exists():
+        with shelf.locked():
+            folder.restore(release.path)
+    candidates, files = read_path(args.path, release)
+    config = json.loads(files.pop('config.json', '{}'))  # written anew
+    check_origin(config, files, release)
+    training, points, seed = provenance.describe(files)
+    if points:
+        require_matplotlib()
+    dataset = describe_dataset(args, release, candidates, read_options(files).get('class_map'))
+    images, calibration = open_images(args.data_dir, dataset) if args.data_dir else (None, [])
+    if images and not dataset.ours:
+        dataset = dataset._replace(images=len(images))
+    release = release._replace(dataset=dataset)
+
+    with work_in(shelf) as temporary:
+        new = temporary / release.name
+        new.mkdir()
+        for name, content in files.items():
+            (new / name).write_bytes(content)
+        entry = build(new, release, candidates, images) | {'seed': seed, 'metadata': metadata}
+        if points:
+            draw_curves(points, release, new / 'curves.png')
+        entry['onnx'] = build_onnx(new, release, images, calibration, entry['onnx'])
+        facts = describe_model(folder.load(new))
+        with shelf.locked():  # two builds at once: the entries of both
+            folder.restore(release.path)
+            manifest, pins = shelf.read()
+            manifest = dict(sorted((manifest | {release.name: entry}).items()))
+            pin = pins[release.name] = make_pin(new, release, pins.get(release.name, {}))
+            names = {path.name for path in new.iterdir()}
+            text = card.compose(release, namespace, manifest, pin, facts, training, names)
+            (new / 'README.md').write_text(text, encoding='utf-8')
+            ignored = install(new, release, manifest, dict(sorted(pins.items())))
+    picked = f', {entry["picked"]}' if entry['picked'] else ''
+    print(f'{release.shown}: {pin["size"]:,} bytes, {entry["dtype"]}, {tell_accuracy(entry)}{picked}')
+    tell_onnx(entry['onnx'], args.data_dir)
+    for line in ignored:
+        print(f'hub{line} goes beyond {catalog.TRACKED_BYTES / 1e6:.0f} MB in all, so git ignores it')
+
+
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = folder.refuse
-    parser.add_argument('path', type=Path, metavar='PATH')
-    parser.add_argument('--model', required=True, metavar='ARCH.TAG')
-    parser.add_argument('--data-dir', type=Path, metavar='DIR')
-    parser.add_argument('--namespace', metavar='NS', help=f'where it will be published, {folder.NAMESPACE} by default')
-    args = parser.parse_args()
-    namespace = folder.choose_namespace(args.namespace)
-    arch, tag, dataset = folder.split_name(args.model)
-    if arch not in card.NETS:
-        raise Fault(f'{arch} is no architecture of this package: {", ".join(card.NETS)}')
-    folder.require_onnx()
-    target = folder.HUB / args.model
-    restore(target)
-    images = open_images(args.data_dir, dataset) if args.data_dir else None
-    calibration = open_calibration(args.data_dir) if args.data_dir else []
-    candidates, files = read_path(args.path, tag)
-    check_origin(files, args.model)
-    files.pop('config.json', None)  # written anew
+    parser.add_argument('path', type=Path, metavar='PATH', help='checkpoint or folder')
+    parser.add_argument('--model', required=True, metavar='ARCH.TAG', help='architecture, and what tells its weights')
+    parser.add_argument('--data-dir', type=Path, metavar='DIR', help='images to measure the accuracy with')
+    parser.add_argument('--namespace', metavar='NS', help=f'where it will be published, {catalog.NAMESPACE} by default')
+    parser.add_argument('--base-model', metavar='NS/NAME', help='what the weights were converted from or trained on')
+    parser.add_argument('--new-version', metavar='NS/NAME', help='what supersedes the weights')
+    own = parser.add_argument_group('a net of your own')
+    catalog.add_output(own)
+    own.add_argument('--license', metavar='ID', help="of the weights, by the Hub's identifiers; not stated by default")
+    own.add_argument('--dataset-name', metavar='NAME', help='data that it was trained on, unless the tag names it')
+    own.add_argument('--dataset-id', metavar='NS/NAME', help='of the data on the Hub, if they are there')
+    own.add_argument('--dataset-license', metavar='ID', help='of the data')
+    own.add_argument(
+        '--class-names', type=Path, metavar='FILE', help="one a line in the order of the outputs, train.py's class_map"
+    )
+    return parser.parse_args()
 
-    with tempfile.TemporaryDirectory(prefix='.build-', dir=folder.HUB) as temporary:
-        new = Path(temporary, args.model)
-        new.mkdir()
-        entry, pin = build(new, args.model, dataset, candidates, images)
-        for name, content in files.items():
-            Path(new, name).write_bytes(content)
-        training, points = describe_training(new, entry)
-        if points:
-            draw_curves(points, args.model, new / 'curves.png')
-        entry['onnx'] = build_onnx(new, images, calibration, entry['onnx'])
-        manifest = folder.read_json(folder.MANIFEST) | {args.model: entry}
-        pins = folder.read_json(folder.PINS) | {args.model: pin}
-        names = {path.name for path in new.iterdir()}
-        facts = describe_model(folder.load(new))
-        text = card.compose(args.model, namespace, manifest, pin, facts, training, names)
-        (new / 'README.md').write_text(text, encoding='utf-8')
-        replace(new, target)
-    if pin['packaged']:
-        copy = folder.packaged(args.model)
-        shutil.copyfile(target / WEIGHTS, copy.with_name(copy.name + '.new'))
-        os.replace(copy.with_name(copy.name + '.new'), copy)
-    folder.write_json(folder.MANIFEST, dict(sorted(manifest.items())))
-    folder.write_json(folder.PINS, dict(sorted(pins.items())))
-    picked = f', {entry["picked"]}' if entry['picked'] else ''
-    print(f'hub/{args.model}: {pin["size"]:,} bytes, {entry["dtype"]}, {tell_accuracy(entry)}{picked}')
-    tell_onnx(entry['onnx'], args.data_dir)
-    for part in folder.LARGE:
-        if folder.tracked(args.model, part) and folder.tracked_bytes(pins) >= folder.TRACKED_BYTES:
-            with folder.IGNORED.open('a') as file:
-                file.write(f'/{args.model}/{part}\n')
-            limit = f'{folder.TRACKED_BYTES / 1e6:.0f} MB'
-            print(f'hub/{args.model}/{part} goes beyond {limit} in all, so git ignores it')
+
+@contextlib.contextmanager
+def work_in(shelf):
+    """A temporary directory beside the folders. A shelf that is new goes again if nothing gets there."""
+    new = not shelf.path.exists()
+    shelf.path.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix='.build-', dir=shelf.path) as temporary:
+            yield Path(temporary)
+    finally:
+        if new and not any(shelf.path.iterdir()):
+            shelf.path.rmdir()
+
+
+def make_pin(new, release, before):
+    """The entry of weights.json. It keeps its commit as long as the weights are the same."""
+    digest = folder.sha256(new / WEIGHTS)
+    same = before.get('sha256') == digest
+    return {
+        'repo': before.get('repo') if same else None,
+        'revision': before.get('revision') if same else None,
+        'sha256': digest,
+        'size': (new / WEIGHTS).stat().st_size,
+        'packaged': release.shelf.package is not None and before.get('packaged', False),
+    }
+
+
+def install(new, release, manifest, pins):
+    """Put the finished folder in its place, and what tells of it. Returns what was added to .gitignore."""
+    shelf, ignored = release.shelf, []
+    contents = {shelf.manifest: folder.to_json(manifest).encode(), shelf.pins: folder.to_json(pins).encode()}
+    if shelf.package:
+        text = shelf.ignored.read_text(encoding='utf-8')
+        ignored = catalog.ignore_too_large(release.name, manifest, pins, text.split())
+        contents[shelf.ignored] = (text + ''.join(f'{line}\n' for line in ignored)).encode()
+    if pins[release.name]['packaged']:
+        contents[shelf.packaged(release.name)] = (new / WEIGHTS).read_bytes()
+    contents = {path: content for path, content in contents.items() if _read(path) != content}
+    with folder.staged(contents) as written:
+        folder.replace({release.path: new, **written})
+    return ignored
+
+
+def _read(path):
+    return path.read_bytes() if path.is_file() else None
 
 
 def tell_accuracy(entry):
@@ -110,33 +184,40 @@ def tell_onnx(onnx, data_dir):
 # Reading
 
 
-def read_path(path, tag):
-    """The sets of weights found (label -> tensors) and the other files to publish (name -> bytes, paths cut)."""
+def read_path(path, release):
+    """The sets of weights found (label -> tensors) and the other files to publish (name -> bytes, cleaned)."""
     if path.is_dir():
         names = (WEIGHTS, 'last.pth.tar', 'model_best.pth.tar')
         weights = next((path / name for name in names if (path / name).is_file()), None)
         if weights is None:
             raise Fault(f'{path} has none of {", ".join(names)}')
+        refuse_link(weights)
     elif path.is_file():
         weights = path
     else:
         raise Fault(f'{path} does not exist')
-    candidates = read_weights(weights)
-    if weights.name == 'model_best.pth.tar':
-        candidates = {f'{label}, epoch with the best test accuracy': v for label, v in candidates.items()}
     files = {}
     for name in ('config.json', *sorted(folder.PROVENANCE)):
         source = weights.parent / name
         if source.is_file() and (weights.name == WEIGHTS or path.is_dir() or (weights.parent / 'args.yaml').is_file()):
-            files[name] = cut_paths(name, source.read_bytes())
-    if tag.startswith('torch7_') and 'source.json' not in files:
+            refuse_link(source)
+            content = source.read_bytes()
+            files[name] = content if name == 'config.json' else provenance.clean(name, content)
+    if release.imported and 'source.json' not in files:
         imported = json.loads(files.get('config.json', '{}')).get('torch7', {})  # its file and SHA-256
-        files['source.json'] = _dump(
-            {'source': card.AUTHOR, 'imported with': 'import_torch7.py of timm-sharesnet', **imported}
-        )
+        source = {'source': card.AUTHOR, 'imported with': 'import_torch7.py of timm-sharesnet', **imported}
+        files['source.json'] = provenance.clean('source.json', provenance.dump(source))
     if not folder.PROVENANCE & files.keys():
-        files['training.json'] = _dump(card.NOT_RECORDED)
+        files['training.json'] = provenance.dump(provenance.NOT_RECORDED)
+    candidates = read_weights(weights)
+    if weights.name == 'model_best.pth.tar':
+        candidates = {f'{label}, epoch with the best test accuracy': v for label, v in candidates.items()}
     return candidates, files
+
+
+def refuse_link(file):
+    if file.is_symlink():
+        raise Fault(f'{file} is a link, and what it points to would be published: copy the file there')
 
 
 def read_weights(path):
@@ -159,99 +240,147 @@ def read_weights(path):
     return found or {'weights': clean_state_dict(checkpoint)}
 
 
-def check_origin(files, name):
+def check_origin(config, files, release):
     """Weights must not change their architecture or origin by way of --model."""
-    import yaml
-
-    arch, tag, _ = folder.split_name(name)
-    config = json.loads(files.get('config.json', '{}'))
-    trained = (yaml.safe_load(files.get('args.yaml', '')) or {}).get('model')
+    trained = read_options(files).get('model')
     for file, found in {'config.json': config.get('architecture'), 'args.yaml': trained}.items():
-        if found and found.partition('.')[0] != arch:
-            raise Fault(f'{file} says {found}, --model says {arch}')
+        if found and found.partition('.')[0] != release.arch:
+            raise Fault(f'{file} says {found}, --model says {release.arch}')
     imported = 'torch7' in str(config.get('pretrained_cfg', {}).get('tag'))
-    if imported and not tag.startswith('torch7_'):
-        raise Fault(f'these weights were imported from Torch7: the tag must start with torch7_, found {tag}')
-    if tag.startswith('torch7_') and not imported:
-        raise Fault(f'{tag} is for weights that hub/import_torch7.py wrote: give its output directory')
+    if imported and not release.imported:
+        raise Fault(f'these weights were imported from Torch7: the tag must start with torch7_, found {release.tag}')
+    if release.imported and not imported:
+        raise Fault(f'{release.tag} is for weights that hub/import_torch7.py wrote: give its output directory')
 
 
-def cut_paths(name, content):
-    """Cut every path of a provenance file to its last part: who trained, and where, is nobody's business."""
-    if name == 'args.yaml':
-        import yaml
-
-        args = yaml.safe_load(content) or {}
-        return yaml.safe_dump({k: v if k == 'dataset' else cut(v) for k, v in args.items()}, sort_keys=False).encode()
-    if name.endswith('.json') and name != 'config.json':
-        return _dump(cut(json.loads(content)))
-    return content
+def read_options(files):
+    """The options of train.py, if it trained the weights."""
+    return yaml.safe_load(files.get('args.yaml', b'')) or {}
 
 
-def _dump(data):
-    return json.dumps(data, indent=1, ensure_ascii=False).encode() + b'\n'
+def describe_metadata(args, release):
+    """What the card's metadata get from a person: by the options, else as before. An empty option takes it out."""
+    if args.license and release.shelf.package:
+        raise Fault('--license is for weights of your own: give --output DIR, too')
+    found = dict(release.shelf.read()[0].get(release.name, {}).get('metadata', {}))
+    for key, pattern in METADATA.items():
+        value = getattr(args, key)
+        if value and not re.fullmatch(pattern, value, re.ASCII):
+            wanted = 'an identifier like cc-by-4.0' if key == 'license' else 'NS/NAME'
+            raise Fault(f'--{key.replace("_", "-")} must be {wanted}, found {value!r}')
+        if value is not None:
+            found[key] = value
+    return {key: value for key, value in found.items() if value}
 
 
-def cut(value):
-    """Cut paths in strings at any depth: a text without blanks that has a slash, and absolute paths inside a text."""
-    if isinstance(value, dict):
-        return {k: cut(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [cut(v) for v in value]
-    if not isinstance(value, str) or re.match(r'https?://|hf[-_]hub:', value):
-        return value
-    if re.match(r'(local-dir:)?(~|\.{0,2}[/\\]|[A-Za-z]:[/\\])', value) or not re.search(r'\s', value):
-        prefix, path = re.fullmatch(r'(local-dir:)?(.*)', value, re.S).groups()
-        return (prefix or '') + PurePosixPath(path.replace('\\', '/')).name if re.search(r'[/\\]', path) else value
-    return re.sub(r'(?<![\w:/.])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[^\s/\\]+[/\\])+([^\s/\\]*)', r'\1', value)
+def describe_dataset(args, release, candidates, class_map):
+    """What the weights were trained on: a data set of ours, or a user's as the options tell it, else as before."""
+    options = {key: getattr(args, f'dataset_{key}') for key in ('name', 'id', 'license')}
+    given = {key: folder.one_line(value) for key, value in options.items() if value}
+    before = release.dataset
+    if before and before.ours and not given and not args.class_names:
+        if args.data_dir and class_map:
+            raise Fault(f'the labels were given by class_map {class_map}, so they are not those of {before.name}')
+        return before
+    if release.shelf.package:
+        raise Fault('data of your own are for folders of your own: give --output DIR, too')
+    if 'name' not in given and (before is None or before.ours):
+        raise Fault(f'what was {release.name} trained on? Say --dataset-name NAME')
+    if 'id' in given and not re.fullmatch(HUB_ID, given['id'], re.ASCII):
+        raise Fault(f'--dataset-id must be NS/NAME, found {given["id"]!r}')
+    dataset = before if before and not before.ours else Dataset(None, '', 'test', None, 0)
+    names = read_class_names(args.class_names) if args.class_names else dataset.label_names
+    if args.data_dir:
+        split = find_split(args.data_dir, ('test', 'val', 'validation'))
+        given['split'] = 'test' if split.name == 'test' else 'validation'
+        if names is None and class_map:
+            raise Fault(f'the labels were given by class_map {class_map}: say --class-names, its names in their order')
+        names = names or list(read_folder(split).reader.class_to_idx)
+    classes = count_classes(candidates, release)
+    if names and len(names) != classes:
+        raise Fault(f'the weights have {classes} classes, and there are names for {len(names)}')
+    return dataset._replace(**given, classes=classes, label_names=names)
 
 
-def open_images(root, dataset):
-    """The images of a data set's test split, which must have its classes."""
-    from torchvision.datasets import ImageFolder
+def count_classes(candidates, release):
+    """Outputs of the classifier."""
+    import timm
 
-    names = ('test',) if dataset.split == 'test' else ('val', 'validation')
+    label, tensors = next(iter(candidates.items()))
+    weight = f'{timm.models.get_pretrained_cfg(release.arch).classifier}.weight'
+    if weight not in tensors:
+        raise Fault(f'{label}: {weight} is missing')
+    return len(tensors[weight])
+
+
+def read_class_names(path):
+    """Names of classes, one a line."""
+    names = [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]
+    if not all(names) or len({*names}) != len(names):
+        raise Fault(f'{path} must have a name for each class, one a line, none twice')
+    return names
+
+
+def find_split(root, names):
+    """The folder of images of the first name that there is."""
     split = next((root / name for name in names if (root / name).is_dir()), None)
     if split is None:
         raise Fault(f'{root} has no folder {" or ".join(names)}')
-    images = ImageFolder(str(split))
-    if len(images.classes) != dataset.classes:
-        raise Fault(f'{split} has {len(images.classes)} classes, {dataset.name} has {dataset.classes}')
-    if dataset.sample and images.classes != folder.class_names(dataset):
-        raise Fault(f'{split} does not have the classes of {dataset.name}: {", ".join(images.classes[:3])}, ...')
-    return images
+    return split
 
 
-def open_calibration(root):
-    """Training images at equal distances, (image, label) pairs; none where there is no folder of them."""
-    from torchvision.datasets import ImageFolder
+def open_images(root, dataset):
+    """The images of the split that measures, and training images at equal distances to calibrate with, if there are.
 
+    Both are (image, label) pairs of train.py's labels.
+    """
+    split = find_split(root, ('test',) if dataset.split == 'test' else ('val', 'validation'))
+    images = open_folder(split, dataset)
     if not (root / 'train').is_dir():
-        return []
-    images = ImageFolder(str(root / 'train'))
-    n = min(CALIBRATION, len(images))
-    return [images[i * len(images) // n] for i in range(n)]
+        return images, []
+    training = open_folder(root / 'train', dataset)
+    if training.reader.class_to_idx != images.reader.class_to_idx:
+        raise Fault(f'{root / "train"} and {split} do not have the same classes')
+    n = min(CALIBRATION, len(training))
+    return images, [training[i * len(training) // n] for i in range(n)]
+
+
+def open_folder(path, dataset):
+    """The images of a folder, if they have the classes of the data set and no others."""
+    images = read_folder(path)
+    found, names = list(images.reader.class_to_idx), dataset.names()
+    if len(found) != dataset.classes:
+        raise Fault(f'{path} has {len(found)} classes, {dataset.name} has {dataset.classes}')
+    if names and {*found} != {*names}:
+        raise Fault(f'{path} does not have the classes of {dataset.name}: {", ".join(found[:3])}, ...')
+    return images if names in (None, found) else read_folder(path, {name: i for i, name in enumerate(names)})
+
+
+def read_folder(path, class_map=''):
+    """The data set that train.py and validate.py make of a folder of images: its names are sorted as numbers are."""
+    from timm.data import create_dataset
+
+    return create_dataset('', root=str(path), search_split=False, class_map=class_map)
 
 
 # Building
 
 
-def build(new, name, dataset, candidates, images):
-    """Write weights and config.json of the best candidate. Returns the entries of manifest.json and weights.json."""
+def build(new, release, candidates, images):
+    """Write weights and config.json of the best candidate. Returns the entry of manifest.json."""
     import torch
     from safetensors.torch import save_file
 
-    arch, tag, _ = folder.split_name(name)
-    model = make_model(name, dataset)
-    imported = tag.startswith('torch7_')
+    dataset = release.dataset
+    model = make_model(release, new)
     for label, tensors in candidates.items():
         faults = folder.tensor_faults(tensors, model)
         if faults:
             raise Fault(*(f'{label}: {fault}' for fault in faults[:5]), *_more(faults, 5))
     parameters = sum(p.numel() for p in model.parameters())
-    if dataset is DATASETS[card.NETS[arch].dataset] and parameters != card.NETS[arch].parameters:
-        raise Fault(f'{arch} has {parameters:,} parameters, the original {card.NETS[arch].parameters:,}')
-    half = not imported and sum(4 * t.numel() for t in model.state_dict().values()) > HALF_ABOVE
+    if release.in_paper and parameters != release.net.parameters:
+        raise Fault(f'{release.arch} has {parameters:,} parameters, the original {release.net.parameters:,}')
+    half = not release.imported and sum(4 * t.numel() for t in model.state_dict().values()) > HALF_ABOVE
     dtype = torch.float16 if half else torch.float32
 
     written = {}
@@ -270,48 +399,49 @@ def build(new, name, dataset, candidates, images):
     for file in new.with_name(best).iterdir():
         file.rename(new / file.name)
 
-    digest, size = folder.sha256(new / WEIGHTS), (new / WEIGHTS).stat().st_size
-    pin = folder.read_json(folder.PINS).get(name, {})
-    same = pin.get('sha256') == digest
-    before = folder.read_json(folder.MANIFEST).get(name, {}) if same else {}
-    pin = {
-        'repo': pin.get('repo') if same else None,
-        'revision': pin.get('revision') if same else None,
-        'sha256': digest,
-        'size': size,
-        'packaged': pin.get('packaged', False),
-    }
+    manifest, pins = release.shelf.read()
+    same = pins.get(release.name, {}).get('sha256') == folder.sha256(new / WEIGHTS)
+    before = manifest.get(release.name, {}) if same else {}
     loaded = folder.load(new)
     sample = {'images': dataset.sample, 'wrong': folder.wrong_in_sample(loaded, dataset)} if dataset.sample else None
     measured = images or not before.get('date')
-    entry = {
+    return {
         **folder.measure(folder.load(new)),
         'dtype': str(dtype).removeprefix('torch.'),
-        'imported': imported,
-        'data': dataset.name,
-        'accuracy': most_images(written[best], before.get('accuracy')),
+        'imported': release.imported,
+        'data': dataset.name if dataset.ours else dataset._asdict(),
+        'accuracy': choose_accuracy(dataset, written[best], before.get('accuracy')),
         'sample': sample,
         'onnx': before.get('onnx'),  # which `build_onnx` replaces
         'picked': tell_picked(best, written) or before.get('picked'),
-        'seed': before.get('seed'),
+        'seed': None,
+        'metadata': {},
         'date': datetime.date.today().isoformat() if measured else before['date'],
     }
-    return entry, pin
 
 
 def _more(faults, shown):
     return [f'and {len(faults) - shown} more'] if len(faults) > shown else []
 
 
-def make_model(name, dataset):
-    """The architecture with its tag's default cfg, or for a tag that the package does not know with its first one."""
+def make_model(release, path):
+    """The architecture with its tag's default cfg, or for a tag that the package does not know with its first one.
+
+    A user's data are preprocessed as the options of train.py in `path` say, as no cfg knows them.
+    """
     import timm
 
-    arch, tag, _ = folder.split_name(name)
-    known = f'{arch}.{tag}' in timm.list_models(f'{arch}*', include_tags=True)
-    overlay = {'tag': tag, 'num_classes': dataset.classes}
+    dataset = release.dataset
+    known = release.name in timm.list_models(f'{release.arch}*', include_tags=True)
+    # the names of the classes stand at the top level of config.json, see `write_config`
+    overlay = {'tag': release.tag, 'num_classes': dataset.classes, 'label_names': None}
+    if not dataset.ours and (path / 'args.yaml').is_file():
+        cfg = timm.models.get_pretrained_cfg(release.arch).to_dict()
+        options = yaml.safe_load((path / 'args.yaml').read_bytes())
+        overlay |= timm.data.resolve_data_config(options, pretrained_cfg=cfg, use_test_size=False)
+        overlay |= {'pool_size': None, 'test_input_size': None, 'test_crop_pct': None}
     return timm.create_model(
-        name if known else arch, num_classes=dataset.classes, pretrained_cfg_overlay=overlay
+        release.name if known else release.arch, num_classes=dataset.classes, pretrained_cfg_overlay=overlay
     ).eval()
 
 
@@ -320,30 +450,36 @@ def write_config(model, dataset, target):
     from timm.models._hub import save_config_for_hf
 
     import timm_sharesnet
+    from timm_sharesnet._pretrained import drop_repeated_args
 
     own = {'timm_sharesnet': timm_sharesnet.__version__, 'sha256': folder.sha256(target / WEIGHTS)}
-    if dataset.sample:
-        own['label_names'] = folder.class_names(dataset)
+    if dataset.names():
+        own['label_names'] = dataset.names()
     save_config_for_hf(model, target / 'config.json', model_config=own)
+    drop_repeated_args(target / 'config.json')
 
 
 def measure_accuracy(model, images, session=None):
+    """Of (image, label) pairs, %. Among fewer than five classes nothing is told by the top five."""
     top1, top5 = folder.classify(model, images, min(8, os.cpu_count() or 1), session)
     n = len(top1)
-    return {'top1': round(100 * sum(top1) / n, 4), 'top5': round(100 * sum(top5) / n, 4), 'images': n}
+    five = round(100 * sum(top5) / n, 4) if model.num_classes >= 5 else None
+    return {'top1': round(100 * sum(top1) / n, 4), 'top5': five, 'images': n}
 
 
-def most_images(*accuracies):
-    """The accuracy that was measured on most images, the first if several were. None if none was measured."""
-    return max(filter(None, accuracies), key=lambda accuracy: accuracy['images'], default=None)
+def choose_accuracy(dataset, new, before):
+    """The new accuracy if there is one. Of a data set that we know, the one that was measured on more images."""
+    if new and before and dataset.ours:
+        return max(new, before, key=lambda accuracy: accuracy['images'])
+    return new or before
 
 
-def build_onnx(new, images, calibration, before):
+def build_onnx(new, release, images, calibration, before):
     """Write onnx/ from the written weights, or copy what was made of the same before. Returns its entry."""
     import onnxruntime
 
-    arch, _, dataset = folder.split_name(new.name)
-    target, old = new / folder.ONNX, folder.HUB / new.name / folder.ONNX
+    dataset = release.dataset
+    target, old = new / folder.ONNX, release.path / folder.ONNX
     target.mkdir()
     known = before['files'] if before else {}
     if known and images is None and all((old / name).is_file() and _is(old / name, known[name]) for name in known):
@@ -361,7 +497,7 @@ def build_onnx(new, images, calibration, before):
             files[file.name] |= measure_file(file, model, dataset, images, same.get('accuracy'))
         if folder.KINDS.get(file.name) == 'int8':
             files[file.name]['calibration'] = len(calibration)
-    twin = measure_twin(model, dataset, batches) if card.NETS[arch].twin != arch else None
+    twin = measure_twin(model, dataset, batches) if release.shared else None
     return {'files': files, 'twin': twin, 'runtime': f'ONNX Runtime {onnxruntime.__version__}, {platform.machine()}'}
 
 
@@ -393,7 +529,8 @@ def measure_file(file, model, dataset, images, before):
     from timm_sharesnet.export import open_session
 
     session = open_session(file)
-    found = {'accuracy': most_images(measure_accuracy(model, images, session) if images else None, before)}
+    new = measure_accuracy(model, images, session) if images else None
+    found = {'accuracy': choose_accuracy(dataset, new, before)}
     if folder.KINDS[file.name] == 'int8':
         wrong = folder.wrong_in_sample(model, dataset, session) if dataset.sample else None
         found['sample'] = {'images': dataset.sample, 'wrong': wrong} if dataset.sample else None
@@ -450,78 +587,21 @@ def describe_model(model):
     }
 
 
-# The training
-
-
-def describe_training(new, entry):
-    """Label -> text for the card's table and points of the curves; sets the entry's seed."""
-    if (new / 'args.yaml').is_file():
-        import yaml
-
-        args = yaml.safe_load((new / 'args.yaml').read_text())
-        entry['seed'] = args.get('seed')
-        return {f'`{k}`': args[k] for k in card.RECIPE if _counts(k, args)}, read_summary(new)
-    if (new / 'training.json').is_file():
-        training = folder.read_json(new / 'training.json')
-        entry['seed'] = training.get('seed')
-        flat = {k: v for k, v in training.items() if not isinstance(v, (list, dict))}
-        flat |= {k: v for value in training.values() if isinstance(value, dict) for k, v in value.items()}
-        return flat, training.get('epochs', [])
-    if (new / 'source.json').is_file():
-        return folder.read_json(new / 'source.json'), []
-    return {}, []
-
-
-def _counts(option, args):
-    """Whether an option of train.py had an effect, as far as other options tell."""
-    if args.get(option) is False or args.get(option) in (None, '', [], {}):
-        return False
-    mixing = args.get('mixup') or args.get('cutmix')
-    effect = {
-        **{k: args.get(k) for k in ('aug_repeats', 'reprob', 'mixup', 'cutmix', 'drop')},
-        'amp_dtype': args.get('amp'),
-        'decay_epochs': args.get('sched') == 'step',
-        'decay_milestones': args.get('sched') == 'multistep',
-        'decay_rate': args.get('sched') in ('step', 'multistep'),
-        'lr_base': not args.get('lr'),
-        'mixup_off_epoch': mixing and args.get('mixup_off_epoch'),
-        'mixup_prob': mixing,
-        'model_ema_decay': args.get('model_ema'),
-        'remode': args.get('reprob'),
-        'warmup_lr': args.get('warmup_epochs'),
-    }
-    return bool(effect.get(option, True))
-
-
-def read_summary(new):
-    """train.py's summary.csv. An epoch without validation has a shorter row, whatever the header says."""
-    path = new / 'summary.csv'
-    if not path.is_file():
-        return []
-    fields = {
-        3: ('epoch', 'train_loss', 'lr'),
-        6: ('epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr'),
-    }
-    points = []
-    with path.open(newline='') as file:
-        for row in csv.reader(file):
-            if row and row[0] != 'epoch':  # a resumed run may write the header again
-                if len(row) not in fields:
-                    raise Fault(f'summary.csv: a row of {len(row)} values: {",".join(row)}')
-                points.append(dict(zip(fields[len(row)], map(float, row), strict=True)))
-    return points
-
-
-def draw_curves(points, name, path):
-    """Training loss, accuracy or image size, and learning rate over the epochs."""
+def require_matplotlib():
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as e:
         raise Fault('drawing the curves needs matplotlib: pip install matplotlib') from e
 
+
+def draw_curves(points, release, path):
+    """Training loss, accuracy or image size, and learning rate over the epochs."""
+    from matplotlib.figure import Figure
+
     panels = [('train_loss', 'training loss', 'log')]
-    split = folder.split_name(name)[2].split
-    panels += [('eval_top1', f'{split} top-1, %', 'linear')] if any('eval_top1' in p for p in points) else []
+    panels += (
+        [('eval_top1', f'{release.dataset.split} top-1, %', 'linear')] if any('eval_top1' in p for p in points) else []
+    )
     panels += [('px', 'image size, px', 'linear')] if any('px' in p for p in points) else []
     panels += [('lr', 'learning rate', 'linear')]
     figure = Figure(figsize=(4 * len(panels), 3), layout='constrained')
@@ -531,34 +611,8 @@ def draw_curves(points, name, path):
         axes.plot(*zip(*known, strict=True), color='tab:blue', marker='.' if len(known) < 3 else None, **style)
         axes.set(xlabel='epoch', title=label, yscale=scale)
         axes.grid(alpha=0.3, which='both')
-    figure.suptitle(name)
+    figure.suptitle(release.name)
     figure.savefig(path, dpi=100)
-
-
-def replace(new, target):
-    """Put the finished folder in its place. At any moment the old one or the new one is complete, here or aside."""
-    aside = _aside(target)
-    if target.exists():
-        target.rename(aside)
-    try:
-        new.rename(target)
-    except BaseException:
-        restore(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def restore(target):
-    """Put a folder back that a build moved aside before it was cut off, or delete it if the new one is there."""
-    aside = _aside(target)
-    if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-    elif aside.exists():
-        aside.rename(target)
-
-
-def _aside(target):
-    return target.with_name(f'.{target.name}.old')
 
 
 if __name__ == '__main__':

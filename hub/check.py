@@ -3,20 +3,24 @@
 
     python hub/check.py                 all folders of hub/, and what they have in common
     python hub/check.py clone/ARCH.TAG  one, wherever it lies; its name selects the entry of the manifest
+    python hub/check.py --output DIR    the same for folders of your own, which hub/build.py --output DIR made
 
 The weights are loaded strictly and classify our sample of the data set, where there is one. The ONNX files are opened
 in ONNX Runtime (timm-sharesnet[onnx]) and compared with them. What is too large to be tracked need not be there; the
-rest is verified all the same.
+rest is verified all the same. Nothing is written. Exit code 0, or 1 and a line for each fault.
 """
 
 import argparse
+import difflib
 import os
 import re
 from pathlib import Path
 
 import build
 import card
+import catalog
 import folder
+import provenance
 from folder import ONNX, WEIGHTS, Fault
 
 ENTRY = {
@@ -31,6 +35,7 @@ ENTRY = {
     'onnx',
     'picked',
     'seed',
+    'metadata',
     'date',
 }
 # What the manifest has of an ONNX file
@@ -45,17 +50,24 @@ PATHS = rb'/(home|root|tmp|usr|opt|Users)/|[A-Za-z]:\\\\|site-packages|\.py\b'  
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = folder.refuse
-    parser.add_argument('folder', type=Path, nargs='?', metavar='FOLDER')
+    parser.add_argument('folder', type=Path, nargs='?', metavar='FOLDER', help='the only one to verify')
+    catalog.add_output(parser)
     args = parser.parse_args()
     folder.require_onnx()
+    shelf = catalog.open_shelf(args.output)
     if args.folder:
         paths, faults = [Path(os.path.abspath(args.folder))], []
     else:
-        manifest, pins = folder.read_json(folder.MANIFEST), folder.read_json(folder.PINS)
-        paths = [folder.HUB / name for name in sorted({*folder.published(), *manifest, *pins})]
-        faults = common_faults(pins)
+        manifest, pins = shelf.read()
+        paths = [shelf.path / name for name in sorted({*shelf.names(), *manifest, *pins})]
+        faults = common_faults(shelf, manifest, pins)
+        if not paths:
+            raise Fault(f'there is nothing to verify in {shelf.path}')
     for path in paths:
-        found = check(path)
+        try:
+            found = check(catalog.parse(path.name, shelf)._replace(path=path))
+        except Fault as e:
+            found = e.args
         faults += [f'{path.name}: {fault}' for fault in found]
         absent = ''.join(f', {part} not here' for part in folder.LARGE if not (path / part).exists())
         print(f'{path.name}: {"ok" if not found else f"{len(found)} wrong"}{absent}', flush=True)
@@ -63,45 +75,49 @@ def main():
         raise Fault(*faults)
 
 
-def common_faults(pins):
-    """What is wrong with the folders as a whole: their total size, and the copies in the package."""
-    faults = []
-    total = folder.tracked_bytes(pins)
-    if total >= folder.TRACKED_BYTES:
-        faults.append(f'the tracked weights have {total:,} bytes, {folder.TRACKED_BYTES:,.0f} are the limit')
+def common_faults(shelf, manifest, pins):
+    """What is wrong with the folders as a whole: what builds left, the total size, and the copies in the package."""
+    faults = [
+        f'{path.name} is what a build left that was cut off: build.py puts it back'
+        for path in shelf.path.glob('.*.old')
+    ]
+    if shelf.package is None:
+        return faults
+    total = catalog.tracked_bytes(manifest, pins, shelf.ignored.read_text(encoding='utf-8').split())
+    if total >= catalog.TRACKED_BYTES:
+        faults.append(f'the tracked weights have {total:,} bytes, {catalog.TRACKED_BYTES:,.0f} are the limit')
     packaged = {name for name, pin in pins.items() if pin['packaged']}
-    for name in sorted(packaged | {path.stem for path in (folder.PACKAGE / 'weights').glob('*')}):
-        path = folder.packaged(name)
+    for name in sorted(packaged | {path.stem for path in (shelf.package / 'weights').glob('*')}):
+        path = shelf.packaged(name)
         if name not in packaged:
             faults.append(f'{path.name} in the package is not "packaged" in weights.json')
         elif not path.is_file():
             faults.append(f'{path.name} is missing in the package')
         elif folder.sha256(path) != pins[name]['sha256']:
             faults.append(f'{path.name} in the package does not have the SHA-256 of weights.json')
-    for path in folder.HUB.glob('.*.old'):
-        faults.append(f'{path.name} is what a build left that was cut off: build.py puts it back')
     return faults
 
 
-def check(path, sample=True):
+def check(release, sample=True):
     """What is wrong with a folder, a line each."""
-    faults = _collect(static_faults, path)
+    path = release.path
+    faults = _collect(static_faults, release)
     if (path / WEIGHTS).is_file() and not any(
         fault.startswith((WEIGHTS, 'config', 'no ', repr(path.name))) for fault in faults
     ):
-        faults += _collect(model_faults, path, sample)
+        faults += _collect(model_faults, release, sample)
         if (path / ONNX).is_dir() and not any(fault.startswith(ONNX) for fault in faults):
-            faults += _collect(session_faults, path, sample)
+            faults += _collect(session_faults, release, sample)
     return faults
 
 
-def static_faults(path):
+def static_faults(release):
     """What can be seen without torch: files, hash, config.json, provenance, card."""
-    name = path.name
-    _, tag, dataset = folder.split_name(name)
-    manifest, pins = folder.read_json(folder.MANIFEST), folder.read_json(folder.PINS)
+    name, path = release.name, release.path
+    manifest, pins = release.shelf.read()
     if not path.is_dir():
-        return [f'no folder {path}']
+        close = difflib.get_close_matches(name, release.shelf.names(), 3)
+        return [f'no folder {path}' + (f', did you mean {" or ".join(close)}?' if close else '')]
     absent = [f'no entry in {k}' for k, v in {'manifest.json': manifest, 'weights.json': pins}.items() if name not in v]
     if absent:
         return absent
@@ -109,11 +125,16 @@ def static_faults(path):
     if odd:
         return [f'no valid entry in manifest.json: {", ".join(sorted(odd))} is missing or unknown']
     faults = pin_faults(name, pins[name])
-    for key, value in {'data': dataset.name, 'imported': tag.startswith('torch7_')}.items():
+    dataset = release.dataset
+    expected = {'data': dataset.name if dataset.ours else dataset._asdict(), 'imported': release.imported}
+    for key, value in expected.items():
         if manifest[name][key] != value:
             faults.append(f'{key}: the manifest says {manifest[name][key]}, the tag {value}')
+    for key, value in manifest[name]['metadata'].items():
+        if not re.fullmatch(build.METADATA.get(key, '(?!)'), str(value), re.ASCII):
+            faults.append(f'metadata: the manifest has {key} {value!r}')
     for part in (file_faults, weights_faults, config_faults, provenance_faults, onnx_faults, card_faults):
-        faults += _collect(part, path, manifest, pins[name])
+        faults += _collect(part, release, manifest, pins[name])
     return faults
 
 
@@ -123,35 +144,36 @@ def pin_faults(name, pin):
         return [f'no valid entry in weights.json: {", ".join(pin)}']
     if not pin['repo'] and not pin['revision']:
         return []
-    if pin['repo'] != f'{folder.NAMESPACE}/{name}' or not re.fullmatch(r'[0-9a-f]{40}', str(pin['revision'])):
-        return [f'weights.json pins {pin["repo"]}@{pin["revision"]}, not {folder.NAMESPACE}/{name} at a full commit']
+    if pin['repo'] != f'{catalog.NAMESPACE}/{name}' or not re.fullmatch(r'[0-9a-f]{40}', str(pin['revision'])):
+        return [f'weights.json pins {pin["repo"]}@{pin["revision"]}, not {catalog.NAMESPACE}/{name} at a full commit']
     return []
 
 
-def _collect(part, path, *args):
+def _collect(part, release, *args):
     try:
-        return part(path, *args)
+        return part(release, *args)
     except Fault as e:
         return list(e.args)
     except Exception as e:
         return [f'{part.__name__.removesuffix("_faults")} cannot be verified: {type(e).__name__}: {e}']
 
 
-def file_faults(path, _manifest, _pin):
+def file_faults(release, _manifest, _pin):
+    path = release.path
     found = {file.name for file in path.iterdir() if file.is_file() and not file.is_symlink()}
     allowed = found & folder.ALLOWED | ({ONNX} if (path / ONNX).is_dir() and not (path / ONNX).is_symlink() else set())
     faults = [f'{file.name} does not belong there' for file in path.iterdir() if file.name not in allowed]
-    required = folder.REQUIRED if folder.tracked(path.name) else folder.REQUIRED - {WEIGHTS}
+    required = folder.REQUIRED if release.shelf.tracked(release.name) else folder.REQUIRED - {WEIGHTS}
     faults += [f'{name} is missing' for name in sorted(required - found)]
     if not folder.PROVENANCE & found:
         faults.append(f'it does not tell how the weights came about: one of {", ".join(sorted(folder.PROVENANCE))}')
     return faults
 
 
-def weights_faults(path, _manifest, pin):
+def weights_faults(release, _manifest, pin):
     from safetensors import safe_open
 
-    weights = path / WEIGHTS
+    weights = release.path / WEIGHTS
     if not weights.is_file():
         return []
     if weights.stat().st_size != pin['size']:
@@ -166,43 +188,52 @@ def weights_faults(path, _manifest, pin):
     return []
 
 
-def config_faults(path, manifest, pin):
-    arch, tag, dataset = folder.split_name(path.name)
-    config = folder.read_json(path / 'config.json')
+def config_faults(release, _manifest, pin):
+    dataset = release.dataset
+    config = folder.read_json(release.path / 'config.json')
     cfg = config.get('pretrained_cfg', {})
     expected = {
-        'architecture': (config.get('architecture'), arch),
+        'architecture': (config.get('architecture'), release.arch),
         'num_classes': (config.get('num_classes'), dataset.classes),
-        'tag': (cfg.get('tag'), tag),
+        'tag': (cfg.get('tag'), release.tag),
         'num_classes of pretrained_cfg': (cfg.get('num_classes'), dataset.classes),
         'sha256': (config.get('sha256'), pin['sha256']),
+        'label_names': (config.get('label_names'), dataset.names()),
+        # transformers passes it a second time
+        'num_classes in model_args': (config.get('model_args', {}).get('num_classes'), None),
     }
-    if dataset.sample:
-        expected['label_names'] = (config.get('label_names'), folder.class_names(dataset))
     faults = [f'config.json has {k} {a!r} instead of {b!r}' for k, (a, b) in expected.items() if a != b]
     sources = [k for k in ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source') if cfg.get(k)]
     return faults + [f'config.json must not name a source of weights: {k}' for k in sources]
 
 
-def provenance_faults(path, manifest, _pin):
+def provenance_faults(release, manifest, _pin):
     from PIL import Image
 
-    faults = []
-    for name in sorted(folder.PROVENANCE):
-        if (path / name).is_file():
-            content = (path / name).read_bytes()
-            try:
-                cut = build.cut_paths(name, content) == content
-            except Exception as e:
-                faults.append(f'{name} cannot be read: {e}')
-                continue
-            if not cut:
-                faults.append(f'{name} has paths that are not cut to their last part, or is not as build.py writes it')
-    entry = dict(manifest[path.name])
-    _, points = build.describe_training(path, entry)
-    if entry['seed'] != manifest[path.name]['seed']:
-        faults.append(f'seed: the manifest says {manifest[path.name]["seed"]}, the record {entry["seed"]}')
-    curves = path / 'curves.png'
+    faults, files, entry = [], {}, manifest[release.name]
+    for name in ('README.md', 'config.json', *sorted(folder.PROVENANCE)):
+        file = release.path / name
+        if not file.is_file():
+            continue
+        content = file.read_bytes()
+        try:
+            if name in folder.PROVENANCE:
+                files[name] = provenance.clean(name, content)
+            else:
+                provenance.refuse_secret(content.decode(), name)
+        except Fault as e:
+            faults += e.args
+        except Exception as e:
+            faults.append(f'{name} cannot be read: {e}')
+        else:
+            if files.get(name, content) != content:
+                faults.append(f'{name} has paths or URLs that are not cut, or is not as build.py writes it')
+    if folder.PROVENANCE & files.keys() != {name for name in folder.PROVENANCE if (release.path / name).exists()}:
+        return faults
+    _, points, seed = provenance.describe(files)
+    if seed != entry['seed']:
+        faults.append(f'seed: the manifest says {entry["seed"]}, the record {seed}')
+    curves = release.path / 'curves.png'
     if curves.is_file():
         with Image.open(curves) as image:
             image.verify()
@@ -211,12 +242,12 @@ def provenance_faults(path, manifest, _pin):
     return faults
 
 
-def onnx_faults(path, manifest, _pin):
+def onnx_faults(release, manifest, _pin):
     """What can be seen of the ONNX files without opening them: their entry, names, sizes and hashes."""
-    faults = record_faults(path.name, manifest[path.name])
-    files, target = manifest[path.name]['onnx']['files'], path / ONNX
+    entry, target = manifest[release.name], release.path / ONNX
+    faults, files = record_faults(release, entry), entry['onnx']['files']
     if not target.is_dir():
-        return faults + ([f'{ONNX}/ is missing'] if folder.tracked(path.name, f'{ONNX}/') else [])
+        return faults + ([f'{ONNX}/ is missing'] if release.shelf.tracked(release.name, f'{ONNX}/') else [])
     found = {file.name for file in target.iterdir() if file.is_file() and not file.is_symlink()}
     faults += [
         f'{ONNX}/{file.name} does not belong there'
@@ -234,9 +265,8 @@ def onnx_faults(path, manifest, _pin):
     return faults
 
 
-def record_faults(name, entry):
+def record_faults(release, entry):
     """What is not complete or not plausible of the ONNX files' entry in the manifest."""
-    arch, _, _ = folder.split_name(name)
     files, twin = entry['onnx']['files'], entry['onnx']['twin'] or {}
     kinds = {file: kind for file, kind in folder.KINDS.items() if file in files}
     records = [(f'{ONNX}/{file}', files[file], RECORD[kind]) for file, kind in kinds.items()]
@@ -244,7 +274,7 @@ def record_faults(name, entry):
     if 'model.onnx' not in files or files.keys() - kinds - {f'{file}_data' for file in kinds}:
         return [f'{ONNX}: the manifest must have model.onnx and may have model_quantized.onnx, not {[*files]}']
     faults = []
-    if twin.keys() != (kinds.keys() if card.NETS[arch].twin != arch else set()):
+    if twin.keys() != (kinds.keys() if release.shared else set()):
         faults.append(f"{ONNX}: the manifest has {[*twin]} of the twin's files, and {[*kinds]} of the net's")
     for label, record, keys in records:
         if record.keys() != keys:
@@ -261,17 +291,17 @@ def record_faults(name, entry):
     return faults
 
 
-def card_faults(path, manifest, pin):
-    return card.card_faults((path / 'README.md').read_text(encoding='utf-8'), path.name, manifest, pin)
+def card_faults(release, manifest, pin):
+    return card.card_faults((release.path / 'README.md').read_text(encoding='utf-8'), release, manifest, pin)
 
 
-def model_faults(path, sample=True):
+def model_faults(release, sample=True):
     """What is wrong with the loaded model: tensors, counts, preprocessing, predictions."""
     from safetensors.torch import load_file
 
-    arch, _, dataset = folder.split_name(path.name)
-    entry = folder.read_json(folder.MANIFEST)[path.name]
-    reference = build.make_model(path.name, dataset)
+    path, dataset = release.path, release.dataset
+    entry = release.shelf.read()[0][release.name]
+    reference = build.make_model(release, path)
     tensors = load_file(path / WEIGHTS)
     faults = folder.tensor_faults(tensors, reference)
     if faults:
@@ -280,7 +310,7 @@ def model_faults(path, sample=True):
     if dtypes != {entry['dtype']}:
         faults.append(f'{WEIGHTS} is {" and ".join(sorted(dtypes))}, the manifest says {entry["dtype"]}')
     config = folder.read_json(path / 'config.json')
-    wanted = {'num_classes': dataset.classes, 'in_chans': 3, 'global_pool': 'avg'}
+    wanted = {'in_chans': 3, 'global_pool': 'avg'}
     if config.get('model_args', wanted) != wanted:  # timm 1.0.28 writes none, where they are the default
         faults.append(f'config.json has the model_args {config["model_args"]} instead of {wanted}')
     for key, value in config['pretrained_cfg'].items():
@@ -291,25 +321,23 @@ def model_faults(path, sample=True):
     for key, value in folder.measure(model).items():
         if value != entry[key]:
             faults.append(f'{key}: measured {value:,}, the manifest says {entry[key]:,}')
-    if card.NETS[arch].dataset == path.name.rpartition('_')[2] and entry['parameters'] != card.NETS[arch].parameters:
-        faults.append(
-            f'parameters: the manifest says {entry["parameters"]:,}, the original {card.NETS[arch].parameters:,}'
-        )
+    if release.in_paper and entry['parameters'] != release.net.parameters:
+        faults.append(f'parameters: the manifest says {entry["parameters"]:,}, the original {release.net.parameters:,}')
     if sample and dataset.sample:
         faults += sample_faults(folder.wrong_in_sample(model, dataset), entry['sample'], dataset)
     return faults
 
 
-def session_faults(path, sample=True):
+def session_faults(release, sample=True):
     """What is wrong with the ONNX files in ONNX Runtime: validity, names, kernels, outputs, predictions."""
     from timm_sharesnet import unshare
 
-    onnx = folder.read_json(folder.MANIFEST)[path.name]['onnx']
-    model = folder.load(path)
+    onnx = release.shelf.read()[0][release.name]['onnx']
+    model = folder.load(release.path)
     faults = []
     for name in (name for name in folder.KINDS if name in onnx['files']):
         try:
-            found = opened_faults(path / ONNX / name, onnx['files'][name], model, sample)
+            found = opened_faults(release.path / ONNX / name, onnx['files'][name], model, release.dataset, sample)
         except Exception as e:
             found = [f'cannot be verified: {type(e).__name__}: {e}']
         faults += [f'{ONNX}/{name} {fault}' for fault in found]
@@ -320,13 +348,12 @@ def session_faults(path, sample=True):
     return faults
 
 
-def opened_faults(file, record, model, sample):
+def opened_faults(file, record, model, dataset, sample):
     """What is wrong with an ONNX file of a model."""
     import onnx
 
     from timm_sharesnet.export import INPUT, OUTPUT, inspect, open_session
 
-    _, _, dataset = folder.split_name(file.parents[1].name)
     onnx.checker.check_model(str(file), full_check=True)
     faults = []
     proto = onnx.load(file, load_external_data=False)

@@ -1,27 +1,21 @@
-"""What a published folder is: its name and files, its entries in the manifests, and what is measured on it.
+"""What a published folder is: its files, and what is measured on it.
 
-`hub/ARCH.TAG/` is exactly what the Hub repository NAMESPACE/ARCH.TAG holds. The end of TAG names the data set.
-`hub/manifest.json` has what was measured, `timm_sharesnet/weights.json` the hash, size and pin of the weights.
+`ARCH.TAG/` is exactly what the Hub repository NAMESPACE/ARCH.TAG holds.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
+import shutil
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 HUB = Path(__file__).resolve().parent
-PACKAGE = HUB.parent / 'timm_sharesnet'
 SAMPLES = HUB.parent / 'tests' / 'data'
-MANIFEST = HUB / 'manifest.json'
-PINS = PACKAGE / 'weights.json'
-IGNORED = HUB / '.gitignore'  # names what is too large to be tracked
-TRACKED_BYTES = 80e6  # what all tracked weights together stay under
 
-NAMESPACE = 'timm-sharesnet'  # ours, once registered; TIMM_SHARESNET_NAMESPACE or --namespace for people's own
 WEIGHTS = 'model.safetensors'
 REQUIRED = {WEIGHTS, 'config.json', 'README.md'}
 # How the weights came about: by train.py, in another way, by import.
@@ -33,30 +27,14 @@ ERROR = 1e-4  # largest difference between the fp32 file's and torch's outputs /
 LARGE = (f'{ONNX}/', WEIGHTS)  # what git ignores beyond TRACKED_BYTES; what can be made again goes first
 
 
-class Dataset(NamedTuple):
-    """A data set: its id on the Hub and name, the split that measures and its images, classes, and our sample."""
-
-    id: str
-    name: str
-    split: str
-    images: int
-    classes: int
-    sample: str | None = None
-
-
-DATASETS = {
-    'c10': Dataset('uoft-cs/cifar10', 'CIFAR-10', 'test', 10_000, 10, 'cifar10_test_1000'),
-    'c100': Dataset('uoft-cs/cifar100', 'CIFAR-100', 'test', 10_000, 100, 'cifar100_test_1000'),
-    'in1k': Dataset('ILSVRC/imagenet-1k', 'ImageNet-1k', 'validation', 50_000, 1000),
-}
-
-
 class Fault(Exception):
     """What is wrong, one argument a fault."""
 
 
 def run(main):
     """Run a script's `main`: exit with 0, or with 1 and a line for each fault."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')  # a terminal need not know the letters of a path
     try:
         main()
     except Fault as e:
@@ -91,33 +69,6 @@ def require_onnx():
         raise Fault(str(e)) from e
 
 
-def choose_namespace(argument):
-    """The namespace to publish in: the argument, else the environment's, else ours."""
-    namespace = argument or os.environ.get('TIMM_SHARESNET_NAMESPACE') or NAMESPACE
-    if not re.fullmatch(r'[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?', namespace):
-        raise Fault(f'{namespace!r} is not a name that the Hub accepts as a namespace')
-    return namespace
-
-
-def split_name(name):
-    """'ARCH.TAG' -> architecture, tag, data set."""
-    arch, _, tag = name.partition('.')
-    dataset = DATASETS.get(tag.rpartition('_')[2])
-    if not re.fullmatch(r'\w+\.\w+', name) or dataset is None:
-        raise Fault(f'{name!r} is not ARCH.TAG with a tag that ends in {" or ".join("_" + d for d in DATASETS)}')
-    return arch, tag, dataset
-
-
-def published():
-    """Names of the folders that there are."""
-    return sorted(path.name for path in HUB.glob('[!._]*.*_*') if path.is_dir())
-
-
-def packaged(name):
-    """Where a model's weights lie if they travel in the package."""
-    return PACKAGE / 'weights' / f'{name}.safetensors'
-
-
 def files(path):
     """All files of a folder, by their paths in the repository."""
     return {file.relative_to(path).as_posix(): file for file in sorted(path.rglob('*')) if not file.is_dir()}
@@ -128,18 +79,6 @@ def onnx_size(files, name):
     return sum(files[n]['size'] for n in (name, f'{name}_data') if n in files)
 
 
-def tracked(name, part=WEIGHTS):
-    """Whether a model's weights, or its ONNX files, are in git. Otherwise only their hashes are."""
-    return f'/{name}/{part}' not in IGNORED.read_text().split()
-
-
-def tracked_bytes(pins):
-    """Size of all tracked weights and ONNX files; weights in the package are there twice."""
-    weights = sum(pin['size'] * (1 + pin['packaged']) for name, pin in pins.items() if tracked(name))
-    onnx = [entry.get('onnx', {}) for name, entry in read_json(MANIFEST).items() if tracked(name, f'{ONNX}/')]
-    return weights + sum(file['size'] for entry in onnx for file in entry.get('files', {}).values())
-
-
 def read_json(path):
     try:
         return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
@@ -147,12 +86,66 @@ def read_json(path):
         raise Fault(f'{path.name} is not valid: {e}') from e
 
 
-def write_json(path, data):
-    """Replace the file at once, lists of numbers on one line."""
-    text = re.sub(r'\[[\d,\s]*\]', lambda match: ' '.join(match[0].split()), json.dumps(data, indent=2))
-    temporary = path.with_name(path.name + '.new')
-    temporary.write_text(text + '\n', encoding='utf-8')
-    os.replace(temporary, path)
+def to_json(data):
+    """The text of a manifest, lists of numbers on one line."""
+    return re.sub(r'\[[\d,\s]*\]', lambda match: ' '.join(match[0].split()), json.dumps(data, indent=2)) + '\n'
+
+
+@contextlib.contextmanager
+def staged(contents):
+    """Write files beside their places, path -> bytes. Yields path -> written file, and deletes what was not moved."""
+    written = {path: path.with_name(f'{path.name}.new') for path in contents}
+    try:
+        for path, file in written.items():
+            file.write_bytes(contents[path])
+        yield written
+    finally:
+        for file in written.values():
+            file.unlink(missing_ok=True)
+
+
+def replace(news):
+    """Put finished files and folders in their places, path -> finished one: all of them, or none.
+
+    Raises:
+        OSError: Whatever went wrong, after what was there before was put back.
+    """
+    for new in news.values():
+        new.stat()  # it is there, and gone only once it was moved
+    try:
+        for path in news:
+            if path.is_file():
+                shutil.copyfile(path, aside(path))  # a copy, so that others can read the file at any moment
+        for path, new in news.items():
+            if path.is_dir():
+                path.rename(aside(path))
+            new.rename(path)
+    except BaseException:
+        for path, new in news.items():
+            if not new.exists():
+                path.rename(new)
+            if aside(path).exists() and not path.exists():
+                aside(path).rename(path)
+            remove(aside(path))
+        raise
+    for path in news:
+        remove(aside(path))
+
+
+def restore(path):
+    """Put a folder back that was moved aside by what was then cut off, or delete it if the new one is there."""
+    if path.exists():
+        remove(aside(path))
+    elif aside(path).exists():
+        aside(path).rename(path)
+
+
+def aside(path):
+    return path.with_name(f'.{path.name}.old')
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sha256(path):
@@ -215,7 +208,7 @@ def classify(model, images, workers=0, session=None):
     with torch.inference_mode():
         for batch, labels in preprocess(model, images, workers):
             logits = torch.from_numpy(export.run(session, batch.numpy())) if session else model(batch.to(device))
-            best = logits.topk(5).indices.cpu() == labels[:, None]
+            best = logits.topk(min(5, logits.shape[1])).indices.cpu() == labels[:, None]
             top1 += best[:, 0].tolist()
             top5 += best.any(1).tolist()
     return top1, top5
@@ -235,11 +228,6 @@ def _collate(transform, pairs):
     import torch
 
     return torch.stack([transform(image) for image, _ in pairs]), torch.tensor([label for _, label in pairs])
-
-
-def class_names(dataset):
-    """Names of a data set's classes, if we have a sample of it."""
-    return read_json(SAMPLES / f'{dataset.sample}.json')['classes']
 
 
 def load_sample(dataset):

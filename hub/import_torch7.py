@@ -4,13 +4,16 @@
     python hub/import_torch7.py resnet-34.t7 --model sharesnet34 --output sharesnet34
     python hub/import_torch7.py wrn-22-2.t7 --model shawrn40_4 --model-kwargs layers=3,3,3 widen_factor=2 --output out
 
-Then `timm.create_model('local-dir:sharesnet34', pretrained=True)`. A file that is not what `--model` says is refused:
-the exit status is 1, one line says which layer differs, and nothing is written.
+Written are DIR/model.safetensors and DIR/config.json, and no other file of DIR is touched. Then
+`timm.create_model('local-dir:DIR', pretrained=True)` loads it, and so does transformers. A file that is not what
+`--model` says is refused: one line says which layer differs, and nothing is written.
+Exit code 0, or 1 and a line that says what is wrong, or 2 for wrong options.
 """
 
 import argparse
 import ast
 import hashlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -21,11 +24,15 @@ import timm
 from timm.models import save_for_hf
 
 from timm_sharesnet import load_torch7
+from timm_sharesnet._pretrained import drop_repeated_args, unknown_model
 
 
 def main(argv: Optional[List[str]] = None) -> Optional[str]:
     """Run the command line, and return the error message if there is one."""
-    parser = argparse.ArgumentParser(description=(__doc__ or '').partition('\n')[0])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')  # a terminal need not know the letters of a path
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', type=Path, help='file of the author, .t7 or .t7.gz')
     parser.add_argument('--model', required=True, metavar='NAME', help='model that it holds')
     parser.add_argument('--output', required=True, type=Path, metavar='DIR', help='folder to write')
@@ -34,6 +41,8 @@ def main(argv: Optional[List[str]] = None) -> Optional[str]:
     try:
         if args.output.exists() and not args.output.is_dir():
             raise FileExistsError(f'{args.output} is not a directory')
+        if unknown := unknown_model(args.model):
+            raise ValueError(unknown)
         model_kwargs = dict(map(_key_value, args.model_kwargs))
         state_dict = load_torch7(args.checkpoint, args.model, **model_kwargs)
         model = timm.create_model(args.model, **model_kwargs)
@@ -70,6 +79,7 @@ def _write(model: Any, model_kwargs: Dict[str, Any], checkpoint: Path, output: P
         # The default tag may be that of other weights. timm ignores keys that it does not know.
         config = dict(pretrained_cfg=dict(tag=tag), torch7=source)
         save_for_hf(model, str(new), model_config=config, model_args=model_kwargs, safe_serialization=True)
+        drop_repeated_args(new / 'config.json')
         if output.is_dir():
             for file in new.iterdir():
                 os.replace(file, output / file.name)

@@ -4,27 +4,35 @@
     python hub/publish.py                          what would be published, without network
     python hub/publish.py ARCH.TAG --push          publish one
     python hub/publish.py ARCH.TAG --push --pin    and write its commit to timm_sharesnet/weights.json, for the loader
+    python hub/publish.py --output DIR --namespace ME --push     publish folders of your own, of build.py --output DIR
 
 Without names it takes all folders that have their weights. A repository is made private, gets its files in one commit,
 is verified and only then made public. What is already there is not sent again, and what should not be there is deleted
-in the same commit. The token is huggingface_hub's: `hf auth login`, HF_TOKEN or a Trusted Publisher (HF_OIDC_RESOURCE).
+in the same commit. The token is huggingface_hub's: `hf auth login`, HF_TOKEN or a Trusted Publisher (HF_OIDC_RESOURCE,
+from huggingface-hub 1.19). Here nothing is written but weights.json, with --pin. Exit code 0, or 1 and a line a fault.
 """
 
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import tempfile
+from pathlib import Path
 
 import card
+import catalog
 import check
 import folder
+import huggingface_hub
 from folder import WEIGHTS, Fault
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, logging
+from packaging.version import Version
 
+TRUSTED_PUBLISHERS = '1.19'  # the first huggingface-hub that knows them
 PINNED_ENDPOINT = 'https://huggingface.co'  # the only one whose commits the package may name
 GITATTRIBUTES = '.gitattributes'  # the Hub's own, in every new repository
 
@@ -32,22 +40,27 @@ GITATTRIBUTES = '.gitattributes'  # the Hub's own, in every new repository
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = folder.refuse
-    parser.add_argument('names', nargs='*', metavar='ARCH.TAG')
-    parser.add_argument('--namespace', metavar='NS', help=f'{folder.NAMESPACE} by default')
+    parser.add_argument('names', nargs='*', metavar='ARCH.TAG', help='what to publish')
+    parser.add_argument('--namespace', metavar='NS', help=f'{catalog.NAMESPACE} by default')
+    catalog.add_output(parser)
     parser.add_argument('--push', action='store_true', help='publish')
     parser.add_argument('--pin', action='store_true', help='write the commit to weights.json')
     args = parser.parse_args()
-    namespace = folder.choose_namespace(args.namespace)
+    shelf = catalog.open_shelf(args.output)
+    namespace = catalog.choose_namespace(args.namespace, shelf)
     if args.push:
         folder.require_onnx()  # `check` needs it
     if args.pin:
-        refuse_pin(args.push, namespace, constants.ENDPOINT)
-    names = args.names or [name for name in folder.published() if (folder.HUB / name / WEIGHTS).is_file()]
-    faults = [f'{name}: {fault}' for name in names for fault in local_faults(name, namespace, args.push)]
+        refuse_pin(args.push, shelf, namespace, constants.ENDPOINT)
+    names = args.names or [name for name in shelf.names() if (shelf.path / name / WEIGHTS).is_file()]
+    if not names:
+        raise Fault(f'there is nothing to publish in {shelf.path}')
+    releases = [catalog.parse(name, shelf) for name in names]
+    faults = [f'{r.name}: {fault}' for r in releases for fault in local_faults(r, namespace, args.push)]
     if faults:
         raise Fault(*faults)
-    for name in names:
-        show(name, namespace)
+    for release in releases:
+        show(release, namespace)
     if not args.push:
         print('Nothing was sent. --push publishes.')
         return
@@ -55,14 +68,14 @@ def main():
     disable_progress_bars()
     logging.set_verbosity_error()
     api = log_in(namespace)
-    for name in names:
+    for release in releases:
         try:
-            oid = push(api, name, namespace)
+            oid = push(api, release, namespace)
         except Fault as e:
-            faults += [f'{namespace}/{name}: {fault}' for fault in e.args]
+            faults += [f'{namespace}/{release.name}: {fault}' for fault in e.args]
             continue
         if args.pin:
-            write_pin(name, f'{namespace}/{name}', oid)
+            write_pin(release, f'{namespace}/{release.name}', oid)
     if faults:
         raise Fault(*faults)
 
@@ -70,46 +83,56 @@ def main():
 # The pin
 
 
-def refuse_pin(push, namespace, endpoint):
+def refuse_pin(push, shelf, namespace, endpoint):
     """Raise unless the commit may be named in the package, from which every user loads."""
     if not push:
         raise Fault('--pin needs --push, which tells the commit')
-    if namespace != folder.NAMESPACE or endpoint != PINNED_ENDPOINT:
+    if shelf.package is None:
         raise Fault(
-            f'--pin is for {folder.NAMESPACE} on {PINNED_ENDPOINT} only, not for {namespace} on {endpoint}: '
+            '--pin is for what the package loads, not for folders of your own: load with hf-hub:NAMESPACE/ARCH.TAG'
+        )
+    if namespace != catalog.NAMESPACE or endpoint != PINNED_ENDPOINT:
+        raise Fault(
+            f'--pin is for {catalog.NAMESPACE} on {PINNED_ENDPOINT} only, not for {namespace} on {endpoint}: '
             'push without it, and load with hf-hub:NAMESPACE/ARCH.TAG'
         )
 
 
-def write_pin(name, repo_id, oid):
-    pins = folder.read_json(folder.PINS)
-    pins[name] |= {'repo': repo_id, 'revision': oid}
-    folder.write_json(folder.PINS, pins)
+def write_pin(release, repo_id, oid):
+    path = release.shelf.pins
+    with release.shelf.locked():
+        pins = folder.read_json(path)
+        pins[release.name] |= {'repo': repo_id, 'revision': oid}
+        with folder.staged({path: folder.to_json(pins).encode()}) as written:
+            folder.replace(written)
     print(f'{repo_id}: weights.json names commit {oid}; commit it and release the package')
 
 
 # Without network
 
 
-def local_faults(name, namespace, push):
+def local_faults(release, namespace, push):
     """Why a folder may not be published. Only before a push, the weights are loaded, too."""
-    path = folder.HUB / name
-    faults = check.check(path, sample=False) if push else check.static_faults(path)
+    path, name = release.path, release.name
+    faults = check.check(release, sample=False) if push else check.static_faults(release)
     if not faults:
         faults = [f'{part} is not here' for part in folder.LARGE if not (path / part).exists()]
     if not faults:
         written_for = card.card_namespace((path / 'README.md').read_text(encoding='utf-8'), name)
         if written_for != namespace:
+            script, output = Path(os.path.relpath(folder.HUB / 'build.py')), ''
+            if release.shelf.package is None:
+                output = f' --output {shlex.quote(os.path.relpath(release.shelf.path))}'
             faults = [
-                f'the card was written for {written_for}, not for {namespace}: '
-                f'python hub/build.py hub/{name} --model {name} --namespace {namespace}'
+                f'the card was written for {written_for}, not for {namespace}: python {shlex.quote(str(script))} '
+                f'{shlex.quote(release.shown)} --model {name}{output} --namespace {namespace}'
             ]
     return faults
 
 
-def show(name, namespace):
-    files = {file: path.stat().st_size for file, path in folder.files(folder.HUB / name).items()}
-    print(f'hub/{name} -> {constants.ENDPOINT}/{namespace}/{name}')
+def show(release, namespace):
+    files = {file: path.stat().st_size for file, path in folder.files(release.path).items()}
+    print(f'{release.shown} -> {constants.ENDPOINT}/{namespace}/{release.name}')
     for file, size in files.items():
         print(f'{size:>13,}  {file}')
     print(f'{sum(files.values()):>13,}  bytes, {len(files)} files', flush=True)
@@ -120,6 +143,12 @@ def show(name, namespace):
 
 def log_in(namespace):
     """The Hub with the user's token, if it may write to the namespace as far as can be known beforehand."""
+    version = huggingface_hub.__version__
+    if os.environ.get('HF_OIDC_RESOURCE') and Version(version) < Version(TRUSTED_PUBLISHERS):
+        raise Fault(
+            f'a Trusted Publisher (HF_OIDC_RESOURCE) needs huggingface-hub {TRUSTED_PUBLISHERS}, found {version}: '
+            "pip install -U 'huggingface-hub>=1.19'"
+        )
     with step('reading the token'):
         token = get_token()
     if not token:
@@ -135,9 +164,9 @@ def log_in(namespace):
     return api
 
 
-def push(api, name, namespace):
+def push(api, release, namespace):
     """Bring a repository to the state of its folder, and show it to everyone. Returns the commit."""
-    path, repo_id = folder.HUB / name, f'{namespace}/{name}'
+    path, repo_id = release.path, f'{namespace}/{release.name}'
     with step('validating the card'):
         ModelCard.load(path / 'README.md').validate()
     before = find(api, repo_id)

@@ -17,9 +17,10 @@ def copy_project(target):
 
 
 def snapshot(project):
-    """Contents of all files but compiled ones."""
+    """Contents of all files but compiled ones and the lock."""
     folders = [project / 'hub', project / 'timm_sharesnet']
     files = [p for folder in folders for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts]
+    files = [p for p in files if p.name != '.lock']
     return {str(p): p.read_bytes() for p in files}
 
 
@@ -36,16 +37,19 @@ def flip_last_byte(path):
 
 
 def use(project, monkeypatch):
-    """Let the scripts, imported from the checkout, work on a copy. Returns the module `folder`."""
+    """Let the scripts, imported from the checkout, work on a copy. Returns it as they see it."""
     monkeypatch.syspath_prepend(str(ROOT / 'hub'))
-    import folder
+    import catalog
 
-    monkeypatch.setattr(folder, 'HUB', project / 'hub')
-    monkeypatch.setattr(folder, 'MANIFEST', project / 'hub' / 'manifest.json')
-    monkeypatch.setattr(folder, 'IGNORED', project / 'hub' / '.gitignore')
-    monkeypatch.setattr(folder, 'PACKAGE', project / 'timm_sharesnet')
-    monkeypatch.setattr(folder, 'PINS', project / 'timm_sharesnet' / 'weights.json')
-    return folder
+    monkeypatch.setattr(catalog, 'OURS', catalog.Shelf(project / 'hub', project / 'timm_sharesnet'))
+    return catalog.OURS
+
+
+def release(path):
+    """What the folder of a copy is."""
+    import catalog
+
+    return catalog.parse(path.name, catalog.OURS)
 
 
 def run(script, argv, monkeypatch, capsys):

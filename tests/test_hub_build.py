@@ -6,12 +6,14 @@ import json
 import re
 import shutil
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
-from hub_project import NAME, ROOT, copy_project, edit, run, snapshot, use
+from hub_project import NAME, ROOT, copy_project, edit, release, run, snapshot, use
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -49,8 +51,9 @@ def project(tmp_path):
 
 @pytest.fixture
 def build(project, monkeypatch):
-    folder = use(project, monkeypatch)
+    use(project, monkeypatch)
     import build
+    import folder
 
     load_sample = folder.load_sample
     monkeypatch.setattr(folder, 'load_sample', lambda dataset: load_sample(dataset)[:40])  # 1,000 images are slow
@@ -91,13 +94,14 @@ def train_run(tmp_path):
 def data(tmp_path):
     """A test split of 13 real images, three of them cats (3), two ships (8)."""
     import folder
+    from catalog import DATASETS
 
-    dataset = folder.DATASETS['c10']
+    dataset = DATASETS['c10']
     left = dict.fromkeys(range(10), 1) | {3: 3, 8: 2}
     for i, (image, label) in enumerate(folder.load_sample(dataset)):
         if left[label]:
             left[label] -= 1
-            path = tmp_path / 'data' / 'test' / folder.class_names(dataset)[label] / f'{i}.png'
+            path = tmp_path / 'data' / 'test' / dataset.names()[label] / f'{i}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
     assert not any(left.values())
@@ -159,9 +163,15 @@ def test_train_run_becomes_a_folder_with_the_better_weights(
 
     import check
 
-    assert check.common_faults(json.loads(pins(project))) == []
+    assert check.common_faults(shelf(), manifest(project), json.loads(pins(project))) == []
     if better == 'EMA':
-        assert check.check(folder) == []
+        assert check.check(release(folder)) == []
+
+
+def shelf():
+    import catalog
+
+    return catalog.OURS
 
 
 def pins(project):
@@ -187,14 +197,14 @@ def test_a_folder_s_weights_file_brings_its_provenance(build, project, monkeypat
 
 
 def test_import_becomes_a_folder_with_its_source_in_fp32(build, project, tmp_path, monkeypatch, capsys):
+    import catalog
     import check
-    import folder
     import import_torch7
 
     model = timm.create_model('sharesnet34')
     (tmp_path / 'resnet-34.t7').write_bytes(b'the file of the author')
     import_torch7._write(model, {}, tmp_path / 'resnet-34.t7', tmp_path / 'imported')
-    monkeypatch.setattr(folder, 'TRACKED_BYTES', 50e6)
+    monkeypatch.setattr(catalog, 'TRACKED_BYTES', 50e6)
     name = 'sharesnet34.torch7_in1k'
     code, out, err = run(build, [tmp_path / 'imported', '--model', name], monkeypatch, capsys)
     assert (code, err) == (0, [])
@@ -224,7 +234,7 @@ def test_import_becomes_a_folder_with_its_source_in_fp32(build, project, tmp_pat
     for part in ('onnx/', 'model.safetensors'):
         assert f'hub/{name}/{part} goes beyond 50 MB in all' in out
         assert f'\n/{name}/{part}\n' in (project / 'hub' / '.gitignore').read_text()
-    assert check.session_faults(path) == []
+    assert check.session_faults(release(path)) == []
     shutil.rmtree(path / 'onnx')
     (path / 'model.safetensors').unlink()
     assert run(check, [path], monkeypatch, capsys) == (
@@ -243,7 +253,7 @@ def imagenet_class(model, image):
 @pytest.fixture
 def small_net(build, monkeypatch):
     """sharesnet164_cifar with three blocks a stage instead of 18, of which ONNX files are made in seconds."""
-    import card
+    from catalog import NETS
     from timm.models import _registry
 
     from timm_sharesnet import resnetv2
@@ -256,8 +266,8 @@ def small_net(build, monkeypatch):
     torch.manual_seed(0)
     model = timm.create_model('sharesnet164_cifar')
     parameters = sum(p.numel() for p in model.parameters())
-    net = card.NETS['sharesnet164_cifar']._replace(parameters=parameters)
-    monkeypatch.setitem(card.NETS, 'sharesnet164_cifar', net)
+    net = NETS['sharesnet164_cifar']._replace(parameters=parameters)
+    monkeypatch.setitem(NETS, 'sharesnet164_cifar', net)
     return model
 
 
@@ -278,7 +288,7 @@ def test_onnx_files_are_calibrated_on_training_images_and_kept_with_the_weights(
     assert sum('/train/' in file for file in read) == 5
     assert {file.name for file in onnx.iterdir()} == {'model.onnx', 'model_quantized.onnx'}
     assert (onnx / 'model_quantized.onnx').stat().st_size < (onnx / 'model.onnx').stat().st_size / 2
-    assert check.check(path) == []
+    assert check.check(release(path)) == []
     entry = manifest(project)[name]
     files, twin = entry['onnx']['files'], entry['onnx']['twin']
     assert files['model.onnx']['accuracy'] == entry['accuracy']
@@ -300,7 +310,7 @@ def test_onnx_files_are_calibrated_on_training_images_and_kept_with_the_weights(
     assert (code, err) == (0, []) and [file.name for file in onnx.iterdir()] == ['model.onnx']
     assert f'no onnx/model_quantized.onnx: {data} has no folder train to calibrate it with' in out
     assert (onnx / 'model.onnx').read_bytes() == before[str(onnx / 'model.onnx')]
-    assert check.check(path) == []
+    assert check.check(release(path)) == []
 
 
 def spy(function, calls):
@@ -401,7 +411,11 @@ REFUSALS = {
     'no tag': (lambda p: p, ['shawrn40_4'], 'is not ARCH.TAG'),
     'no namespace': (lambda p: p, [C10, '--namespace', 'a/b'], "'a/b' is not a name that the Hub accepts"),
     'an unknown option': (lambda p: p, [C10, '--x'], 'unrecognized arguments: --x'),
-    'data without a test split': (lambda p: p, [C10, '--data-dir', '.'], 'has no folder test'),
+    'data without a test split': (
+        lambda p: save(p / 'x', {'fc.bias': torch.zeros(10)}),
+        [C10, '--data-dir', '.'],
+        'has no folder test',
+    ),
 }
 
 
@@ -449,53 +463,139 @@ def test_images_of_other_classes_are_refused(build, project, tmp_path, monkeypat
     for name in classes:
         (tmp_path / 'data' / 'test' / name).mkdir(parents=True)
         shutil.copyfile(ROOT / 'hub' / NAME / 'curves.png', tmp_path / 'data' / 'test' / name / 'x.png')
-    code, _, err = run(build, [tmp_path, '--model', C10, '--data-dir', tmp_path / 'data'], monkeypatch, capsys)
+    weights = save(tmp_path / 'x.pth', {'fc.bias': torch.zeros(10)})
+    code, _, err = run(build, [weights, '--model', C10, '--data-dir', tmp_path / 'data'], monkeypatch, capsys)
     assert code == 1 and ('has 2 classes' in err[0] or 'does not have the classes of CIFAR-10: a, b, c' in err[0])
 
 
-def test_missing_matplotlib_is_told(build, monkeypatch, tmp_path):
+def test_missing_matplotlib_is_told_before_anything_is_measured(build, project, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    with pytest.raises(Exception, match='drawing the curves needs matplotlib: pip install matplotlib'):
-        build.draw_curves([{'epoch': 0, 'train_loss': 1.0, 'lr': 0.1}], NAME, tmp_path / 'curves.png')
+    monkeypatch.setattr(build, 'build', None)
+    code, _, err = run(build, [project / 'hub' / NAME, '--model', NAME], monkeypatch, capsys)
+    assert (code, err) == (1, ['build.py: drawing the curves needs matplotlib: pip install matplotlib'])
 
 
-# Replacing a folder
+# Replacing what was there
 
 
 @pytest.fixture
-def folders(build, tmp_path):
-    """An old folder, and a new one to take its place."""
-    old, new = tmp_path / 'x', tmp_path / 'temporary' / 'x'
-    for path, text in {old: 'old', new: 'new'}.items():
-        path.mkdir(parents=True)
-        (path / 'file').write_text(text)
-    return old, new
+def places(build, tmp_path):
+    """An old folder and an old file, a finished one for each, and a file that was not there: path -> finished one."""
+    there, new = tmp_path / 'there', tmp_path / 'new'
+    for path in (there, new):
+        (path / 'x').mkdir(parents=True)
+        for file in ('x/file', 'y'):
+            (path / file).write_text(path.name)
+    (new / 'z').write_text('new')
+    return {there / name: new / name for name in 'xyz'}
 
 
-def test_replaced_folder_holds_the_new_files(build, folders):
-    old, new = folders
-    build.replace(new, old)
-    assert (old / 'file').read_text() == 'new' and not new.exists()
-    assert sorted(path.name for path in old.parent.iterdir() if 'x' in path.name) == ['x']
+def contents(places):
+    there = next(iter(places)).parent
+    return {p.relative_to(there).as_posix(): p.read_text() for p in sorted(there.rglob('*')) if p.is_file()}
 
 
-def test_failure_to_replace_leaves_the_old_folder(build, folders):
-    old, new = folders
-    shutil.rmtree(new)
-    with pytest.raises(FileNotFoundError):
-        build.replace(new, old)
-    assert (old / 'file').read_text() == 'old'
+def test_what_is_finished_takes_the_place_of_what_was_there(places):
+    import folder
+
+    folder.replace(places)
+    assert contents(places) == {'x/file': 'new', 'y': 'new', 'z': 'new'}
+
+
+@pytest.mark.parametrize('failing', ['missing', 'copy', 0, 1, 2, 3])
+def test_failure_to_replace_leaves_all_as_it_was(places, tmp_path, monkeypatch, failing):
+    """A full disk at the copy, or whatever at any of the renames: old folder aside, folder, file, new file."""
+    import folder
+
+    if failing == 'missing':
+        (tmp_path / 'new' / 'z').unlink()
+    before, calls, rename = contents(places), [], Path.rename
+
+    def fail(source, target):
+        calls.append(source)
+        if len(calls) == failing + 1:
+            raise OSError(28, 'No space left on device')
+        return rename(source, target)
+
+    if failing == 'copy':
+        monkeypatch.setattr(shutil, 'copyfile', lambda source, target: Path(target).write_text('o') and fail_copy())
+    elif failing != 'missing':
+        monkeypatch.setattr(Path, 'rename', fail)
+    with pytest.raises(OSError):
+        folder.replace(places)
+    assert contents(places) == before
+
+
+def fail_copy():
+    raise OSError(28, 'No space left on device')
+
+
+def test_full_disk_at_the_copy_into_the_package_leaves_all_as_it_was(build, project, monkeypatch, capsys):
+    write_bytes = Path.write_bytes
+
+    def write(path, data):
+        if path.name.startswith(NAME):
+            write_bytes(path, data[:1000])
+            fail_copy()
+        return write_bytes(path, data)
+
+    (project / 'timm_sharesnet' / 'weights' / f'{NAME}.safetensors').write_bytes(b'other')  # so that it is copied
+    before = snapshot(project)
+    monkeypatch.setattr(Path, 'write_bytes', write)
+    code, out, err = run(build, [project / 'hub' / NAME, '--model', NAME], monkeypatch, capsys)
+    assert (code, out) == (1, '') and 'No space left on device' in err[0]
+    assert snapshot(project) == before
+
+
+def test_two_builds_at_once_leave_the_entries_of_both(build, project, other_onnx, tmp_path, monkeypatch, capsys):
+    weights = save(tmp_path / 'x.pth', timm.create_model('sharesnet164_cifar').state_dict())
+    describe_model, codes = build.describe_model, []
+
+    def meanwhile(model):
+        if not codes:
+            codes.append(None)
+            codes[0] = run(build, [weights, '--model', 'sharesnet164_cifar.b_c10'], monkeypatch, capsys)[0]
+        return describe_model(model)
+
+    monkeypatch.setattr(build, 'describe_model', meanwhile)
+    assert run(build, [weights, '--model', 'sharesnet164_cifar.a_c10'], monkeypatch, capsys)[0] == 0 and codes == [0]
+    names = {NAME, 'sharesnet164_cifar.a_c10', 'sharesnet164_cifar.b_c10'}
+    assert manifest(project).keys() == json.loads(pins(project)).keys() == names
+
+
+def test_manifests_are_written_by_one_process_at_a_time(build, project):
+    """As by one thread here: a lock belongs to an opened file."""
+    entered, leave, order = threading.Event(), threading.Event(), []
+
+    def write(name):
+        with shelf().locked():
+            entered.set()
+            leave.wait(60)
+            order.append(name)
+
+    first = threading.Thread(target=write, args=['first'])
+    first.start()
+    assert entered.wait(60)
+    second = threading.Thread(target=write, args=['second'])
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and not order
+    leave.set()
+    first.join(60)
+    second.join(60)
+    assert order == ['first', 'second']
 
 
 def test_next_build_puts_back_what_a_killed_one_moved_aside(build, project, tmp_path, monkeypatch, capsys):
+    import check
+    import folder
+
     before = snapshot(project)
     path = project / 'hub' / NAME
-    path.rename(build._aside(path))  # killed before the new folder was there
-    import check
-
+    path.rename(folder.aside(path))  # killed before the new folder was there
     assert f'.{NAME}.old is what a build left' in run(check, [], monkeypatch, capsys)[2][0]
     assert run(build, [tmp_path / 'missing', '--model', NAME], monkeypatch, capsys)[0] == 1
     assert snapshot(project) == before
-    shutil.copytree(path, build._aside(path))  # killed when the new folder was there
+    shutil.copytree(path, folder.aside(path))  # killed when the new folder was there
     run(build, [tmp_path / 'missing', '--model', NAME], monkeypatch, capsys)
     assert snapshot(project) == before

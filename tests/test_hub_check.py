@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hub_project import NAME, ROOT, copy_project, edit, flip_last_byte, run, snapshot, use
+from hub_project import NAME, ROOT, copy_project, edit, flip_last_byte, release, run, snapshot, use
 from safetensors.torch import load_file, save_file
 
 
@@ -102,9 +102,9 @@ DAMAGE = {
     'no provenance': (lambda p: (p / 'training.json').unlink(), 'it does not tell how the weights came about'),
     'a path': (
         damage_json('training.json', lambda d: d.update(output='/home/me/runs/last.pth')),
-        'training.json has paths that are not cut',
+        'training.json has paths or URLs that are not cut',
     ),
-    'broken provenance': (lambda p: (p / 'training.json').write_text('{'), 'training.json is not valid'),
+    'broken provenance': (lambda p: (p / 'training.json').write_text('{'), 'training.json cannot be read'),
     'no curves': (lambda p: (p / 'curves.png').unlink(), 'curves.png is missing'),
     'broken curves': (lambda p: (p / 'curves.png').write_bytes(b'PNG'), 'provenance cannot be verified'),
     'another architecture': (
@@ -277,16 +277,16 @@ def test_wrong_tensors_are_named(check, path, damage, message):
     tensors = load_file(path / 'model.safetensors')
     damage(tensors)
     save_file(tensors, path / 'model.safetensors')
-    assert any(message in fault for fault in check.model_faults(path))
+    assert any(message in fault for fault in check.model_faults(release(path)))
 
 
 def test_wrong_figures_and_preprocessing_are_named(check, path, monkeypatch):
     recorded = json.loads((path.parent / 'manifest.json').read_text())[NAME]['sample']['wrong']
     monkeypatch.setattr('folder.wrong_in_sample', lambda *_: recorded)  # slow; the whole is run above
-    assert check.model_faults(path) == []
+    assert check.model_faults(release(path)) == []
     damage_json('../manifest.json', lambda d: d[NAME].update(parameters=1, gmacs=9.9, dtype='float16'))(path)
     damage_json('config.json', lambda d: d['pretrained_cfg'].update(mean=[0.5, 0.5, 0.5]))(path)
-    assert check.model_faults(path) == [
+    assert check.model_faults(release(path)) == [
         'model.safetensors is float32, the manifest says float16',
         'config.json has mean [0.5, 0.5, 0.5] in pretrained_cfg, the package (0.4914, 0.4822, 0.4465)',
         'parameters: measured 929,114, the manifest says 1',
@@ -349,20 +349,20 @@ def test_onnx_file_that_is_not_the_net_s_is_named(check, path, monkeypatch, dama
     wrong = recorded['files']['model_quantized.onnx']['sample']['wrong']
     monkeypatch.setattr('folder.wrong_in_sample', lambda *_: wrong)  # slow; the whole is run above
     damage(path / 'onnx' / 'model.onnx')
-    faults = check.session_faults(path)
+    faults = check.session_faults(release(path))
     assert len(faults) == 1 and faults[0].startswith(message), faults
 
 
 def test_int8_that_classifies_otherwise_and_wrong_kernels_of_the_twin_are_named(check, path, monkeypatch):
     damage_onnx(lambda d: d['twin']['model.onnx'].update(kernels=7))(path)
     monkeypatch.setattr('folder.wrong_in_sample', lambda *_: [0, 1, 2, 3])
-    int8, twin = check.session_faults(path)
+    int8, twin = check.session_faults(release(path))
     assert int8.startswith('onnx/model_quantized.onnx is wrong: 50 images of cifar10_test_1000 are not classified as')
     assert twin == "onnx, the twin's model.onnx has 55 3x3 kernels, the manifest says 7"
 
 
 def test_at_most_three_images_may_be_classified_otherwise(check):
-    from folder import DATASETS
+    from catalog import DATASETS
 
     recorded = {'images': 'cifar10_test_1000', 'wrong': [1, 2, 3, 4]}
     assert check.sample_faults([1, 2, 5], recorded, DATASETS['c10']) == []  # 3, 4 and 5
@@ -377,12 +377,13 @@ def test_at_most_three_images_may_be_classified_otherwise(check):
 @pytest.mark.parametrize('dataset', ['c10', 'c100'])
 def test_sample_has_1000_images_evenly_of_all_classes(check, dataset):
     import folder
+    from catalog import DATASETS
 
-    dataset = folder.DATASETS[dataset]
+    dataset = DATASETS[dataset]
     images, labels = zip(*folder.load_sample(dataset), strict=True)
     assert len(images) == 1000 and {image.size for image in images} == {(32, 32)}
     assert set(Counter(labels).values()) == {1000 // dataset.classes} and max(labels) == dataset.classes - 1
-    assert len(set(folder.class_names(dataset))) == dataset.classes
+    assert len(set(dataset.names())) == dataset.classes
 
 
 def test_folder_may_lie_anywhere(check, unloaded, path, tmp_path, monkeypatch, capsys):
@@ -390,7 +391,7 @@ def test_folder_may_lie_anywhere(check, unloaded, path, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     for argument in (NAME, tmp_path / NAME, f'./{NAME}/'):
         assert run(check, [argument], monkeypatch, capsys) == (0, f'{NAME}: ok\n', [])
-    assert 'no folder' in run(check, ['missing.x_c10'], monkeypatch, capsys)[2][0]
+    assert 'no folder' in run(check, ['wrn28_4.x_c10'], monkeypatch, capsys)[2][0]
     assert 'is not ARCH.TAG' in run(check, [tmp_path], monkeypatch, capsys)[2][0]
 
 
@@ -406,8 +407,8 @@ def test_untracked_weights_need_not_be_there(check, path, monkeypatch, capsys):
 def test_what_the_folders_have_in_common_is_verified(check, unloaded, project, path, monkeypatch, capsys):
     flip_last_byte(project / 'timm_sharesnet' / 'weights' / f'{NAME}.safetensors')
     (project / 'timm_sharesnet' / 'weights' / 'x.safetensors').touch()
-    (project / 'hub' / 'new.x_c10').mkdir()
-    monkeypatch.setattr('folder.TRACKED_BYTES', 7e6)
+    (project / 'hub' / 'wrn28_4.x_c10').mkdir()
+    monkeypatch.setattr('catalog.TRACKED_BYTES', 7e6)
     files = [path / 'model.safetensors', *(path / 'onnx').iterdir()]
     total = sum(file.stat().st_size for file in [files[0], *files])  # the weights are there twice
     code, _, err = run(check, [], monkeypatch, capsys)
@@ -416,6 +417,6 @@ def test_what_the_folders_have_in_common_is_verified(check, unloaded, project, p
         f'check.py: the tracked weights have {total:,} bytes, 7,000,000 are the limit',
         f'check.py: {NAME}.safetensors in the package does not have the SHA-256 of weights.json',
         'check.py: x.safetensors in the package is not "packaged" in weights.json',
-        'check.py: new.x_c10: no entry in manifest.json',
-        'check.py: new.x_c10: no entry in weights.json',
+        'check.py: wrn28_4.x_c10: no entry in manifest.json',
+        'check.py: wrn28_4.x_c10: no entry in weights.json',
     ]
