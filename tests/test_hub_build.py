@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_project import NAME, ROOT, copy_project, edit, release, run, snapshot, use
+from hub_project import NAME, ROOT, copy_project, edit, release, run, save, snapshot, use, use_small_net
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -252,23 +252,7 @@ def imagenet_class(model, image):
 
 @pytest.fixture
 def small_net(build, monkeypatch):
-    """sharesnet164_cifar with three blocks a stage instead of 18, of which ONNX files are made in seconds."""
-    from catalog import NETS
-    from timm.models import _registry
-
-    from timm_sharesnet import resnetv2
-
-    def sharesnet164_cifar(pretrained=False, **kwargs):
-        args = {'block': resnetv2.PreActBottleneck, 'layers': (3, 3, 3), **kwargs}
-        return resnetv2._create_resnetv2_cifar('sharesnet164_cifar', pretrained, **args)
-
-    monkeypatch.setitem(_registry._model_entrypoints, 'sharesnet164_cifar', sharesnet164_cifar)
-    torch.manual_seed(0)
-    model = timm.create_model('sharesnet164_cifar')
-    parameters = sum(p.numel() for p in model.parameters())
-    net = NETS['sharesnet164_cifar']._replace(parameters=parameters)
-    monkeypatch.setitem(NETS, 'sharesnet164_cifar', net)
-    return model
+    return use_small_net(monkeypatch)
 
 
 def test_onnx_files_are_calibrated_on_training_images_and_kept_with_the_weights(
@@ -357,11 +341,6 @@ def test_renewed_folder_keeps_what_was_measured(build, project, monkeypatch, cap
     assert (path / 'README.md').read_text() == text.replace('timm-sharesnet/', 'me/')
     for name in ('model.safetensors', 'training.json'):
         assert (path / name).read_bytes() == before[str(path / name)]
-
-
-def save(path, state_dict):
-    torch.save({'state_dict': state_dict}, path)
-    return path
 
 
 class Evil:
