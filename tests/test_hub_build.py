@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_project import NAME, ROOT, copy_project, edit, release, run, save, snapshot, use, use_small_net
+from hub_project import NAME, ROOT, copy_project, edit, release, run, save, snapshot, use, use_any_onnx, use_small_net
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -110,12 +110,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def other_onnx(build, monkeypatch):
-    """The project's ONNX file in place of the model's own, which takes long to write."""
-
-    def write_onnx(_model, _dataset, target, _batches):
-        shutil.copyfile(ROOT / 'hub' / NAME / 'onnx' / 'model.onnx', target / 'model.onnx')
-
-    monkeypatch.setattr(build, 'write_onnx', write_onnx)
+    use_any_onnx(monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
-from hub_project import NAME, ROOT, copy_project, edit, flip_last_byte, snapshot
+from hub_project import NAME, ROOT, copy_project, edit, flip_last_byte, save, snapshot, use, use_any_onnx
+from hub_project import run as run_imported
 from hub_server import Blob, Commit, Failure, HubServer, Token
 from PIL import Image
 
@@ -270,6 +272,19 @@ def test_trusted_publisher_that_gets_no_token_is_told(run, hub):
     assert code == 1 and len(err) == 1 and 'reading the token: ' in err[0] and not hub.requests
 
 
+def test_trusted_publisher_needs_a_newer_huggingface_hub(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'hub'))
+    import publish
+
+    monkeypatch.setattr('huggingface_hub.__version__', '1.18.9')
+    monkeypatch.setenv('HF_OIDC_RESOURCE', REPO)
+    with pytest.raises(publish.Fault, match=r'needs huggingface-hub 1\.19, found 1\.18\.9: pip install -U'):
+        publish.log_in('timm-sharesnet')
+    monkeypatch.setattr('huggingface_hub.__version__', '1.19.0')
+    monkeypatch.setattr(publish, 'get_token', lambda: 'hf_oidc')
+    publish.log_in('timm-sharesnet')
+
+
 def test_card_that_the_hub_refuses_is_found_before_anything_is_sent(run, hub, monkeypatch):
     monkeypatch.setattr('hub_server.LICENSES', {'mit'})
     code, _, err = run(NAME, '--push')
@@ -441,6 +456,42 @@ def test_people_publish_in_a_namespace_of_their_own_and_the_pins_stay(run, hub, 
     edit(project / 'hub' / NAME / 'README.md', 'timm-sharesnet/', 'me/')  # as build.py --namespace me writes it
     code, _, err = run(NAME, '--push', env={'TIMM_SHARESNET_NAMESPACE': 'me'})
     assert (code, err) == (0, []) and list(hub.repos) == [f'me/{NAME}'] and not hub.repos[f'me/{NAME}'].private
+
+
+def test_net_of_own_data_is_published_from_a_directory_of_its_own_and_ours_still_are(
+    run, hub, project, tmp_path, monkeypatch, capsys
+):
+    """The push loads it as hf-hub:me/ARCH.TAG and compares the weights, see `verify`."""
+    own, name, ours = tmp_path / 'à moi', 'sharesnet164_cifar.oiseaux', snapshot(project)
+    model = timm.create_model('sharesnet164_cifar', num_classes=3)
+    argv = [save(tmp_path / 'x.pth', model.state_dict()), '--model', name, '--output', own, '--namespace', 'me']
+    with monkeypatch.context() as patch:
+        use(project, patch)
+        use_any_onnx(patch)
+        import build
+
+        assert run_imported(build, [*argv, '--dataset-name', 'Mes oiseaux'], patch, capsys)[0] == 0
+    arguments = ('--output', str(own), '--namespace', 'me')
+    code, out, err = run(*arguments, token=None)
+    assert (code, err) == (0, []) and f'-> {hub.endpoint}/me/{name}\n' in out and not hub.requests
+    assert run(*arguments, '--push')[0] == 0
+    repo = hub.repos[f'me/{name}']
+    files = {name: blob.data for name, blob in repo.head.files.items() if name != '.gitattributes'}
+    assert not repo.private and files == read(own / name)
+    for extra, message in {
+        ('--push', '--pin'): '--pin is for what the package loads, not for folders of your own',
+        ('--namespace', 'you'): 'the card was written for me, not for you: python hub/build.py ',
+        ('--namespace', ''): '--output needs the namespace of your own to publish in',
+    }.items():
+        code, _, err = run(*arguments, *extra)
+        assert code == 1 and len(err) == 1 and message in err[0], err
+    assert run(NAME, '--push')[0] == 0
+    assert published(hub, project) and snapshot(project) == ours
+
+
+def test_mistyped_name_gets_the_nearest_ones(run, hub):
+    assert 'did you mean sharesnet164_cifar' in run('sharesnet146_cifar.cpu_c10')[2][0]
+    assert run('sharesnet164_cifar.cpi_c10')[2][0].endswith(f'did you mean {NAME}?')
 
 
 # The pin
