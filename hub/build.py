@@ -276,7 +276,7 @@ def describe_metadata(args, release):
 def describe_dataset(args, release, candidates, class_map):
     """What the weights were trained on: a data set of ours, or a user's as the options tell it, else as before."""
     options = {key: getattr(args, f'dataset_{key}') for key in ('name', 'id', 'license')}
-    given = {key: folder.one_line(value) for key, value in options.items() if value}
+    given = {key: folder.one_line(value) or None for key, value in options.items() if value is not None}
     before = release.dataset
     if before and before.ours and not given and not args.class_names:
         if args.data_dir and class_map:
@@ -284,11 +284,11 @@ def describe_dataset(args, release, candidates, class_map):
         return before
     if release.shelf.package:
         raise Fault('data of your own are for folders of your own: give --output DIR, too')
-    if 'name' not in given and (before is None or before.ours):
-        raise Fault(f'what was {release.name} trained on? Say --dataset-name NAME')
-    if 'id' in given and not re.fullmatch(HUB_ID, given['id'], re.ASCII):
-        raise Fault(f'--dataset-id must be NS/NAME, found {given["id"]!r}')
     dataset = before if before and not before.ours else Dataset(None, '', 'test', None, 0)
+    if not given.get('name', dataset.name):
+        raise Fault(f'what was {release.name} trained on? Say --dataset-name NAME')
+    if given.get('id') and not re.fullmatch(HUB_ID, given['id'], re.ASCII):
+        raise Fault(f'--dataset-id must be NS/NAME, found {given["id"]!r}')
     names = read_class_names(args.class_names) if args.class_names else dataset.label_names
     if args.data_dir:
         split = find_split(args.data_dir, ('test', 'val', 'validation'))

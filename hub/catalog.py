@@ -147,7 +147,8 @@ class Shelf(NamedTuple):
 
     def names(self):
         """Names of the folders that there are."""
-        return sorted(path.name for path in self.path.glob('[!._]*.*') if path.is_dir())
+        folders = [path for path in self.path.glob('[!._]*.*') if path.is_dir()]
+        return sorted(path.name for path in folders if self.package or (path / 'config.json').is_file())
 
     def packaged(self, name):
         """Where a model's weights lie if they travel in the package."""
@@ -252,6 +253,8 @@ def parse(name, shelf):
     if shelf.package is None:
         data = read_json(shelf.manifest).get(name, {}).get('data')
         if isinstance(data, dict):
+            if data.keys() != {*Dataset._fields}:
+                raise Fault(f'{shelf.manifest} is not valid: data of {name}')
             dataset = Dataset(**data)
     elif dataset is None:
         raise Fault(

@@ -80,6 +80,13 @@ def use_any_onnx(monkeypatch):
     monkeypatch.setattr(build, 'measure_session', lambda _: {'kernels': 7, 'session': None})
 
 
+def skip_memory(monkeypatch):
+    """Do not measure the memory of ONNX sessions, each in a process of its own."""
+    from timm_sharesnet.export import Memory
+
+    monkeypatch.setattr('timm_sharesnet.export.session_memory', lambda _: Memory(2.0, 1.0, 3.0))
+
+
 def save(path, state_dict):
     torch.save({'state_dict': state_dict}, path)
     return path

@@ -13,7 +13,20 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_project import NAME, ROOT, copy_project, edit, release, run, save, snapshot, use, use_any_onnx, use_small_net
+from hub_project import (
+    NAME,
+    ROOT,
+    copy_project,
+    edit,
+    release,
+    run,
+    save,
+    skip_memory,
+    snapshot,
+    use,
+    use_any_onnx,
+    use_small_net,
+)
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -113,11 +126,16 @@ def other_onnx(build, monkeypatch):
     use_any_onnx(monkeypatch)
 
 
+@pytest.fixture
+def no_memory(monkeypatch):
+    skip_memory(monkeypatch)
+
+
 @pytest.mark.parametrize(
     ('last', 'ema', 'better'), [(8, 3, 'EMA'), pytest.param(3, 8, 'not averaged', marks=pytest.mark.slow)]
 )
 def test_train_run_becomes_a_folder_with_the_better_weights(
-    build, project, train_run, data, monkeypatch, capsys, request, last, ema, better
+    build, project, train_run, data, no_memory, monkeypatch, capsys, request, last, ema, better
 ):
     if better != 'EMA':
         request.getfixturevalue('other_onnx')
@@ -191,7 +209,7 @@ def test_a_folder_s_weights_file_brings_its_provenance(build, project, monkeypat
     assert (path / 'training.json').read_bytes() == before and (path / 'curves.png').is_file()
 
 
-def test_import_becomes_a_folder_with_its_source_in_fp32(build, project, tmp_path, monkeypatch, capsys):
+def test_import_becomes_a_folder_with_its_source_in_fp32(build, project, no_memory, tmp_path, monkeypatch, capsys):
     import catalog
     import check
     import import_torch7

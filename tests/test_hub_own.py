@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_project import ROOT, copy_project, run, save, snapshot, use, use_any_onnx, use_small_net
+from hub_project import ROOT, copy_project, run, save, skip_memory, snapshot, use, use_any_onnx, use_small_net
 from PIL import Image
 from transformers import pipeline
 
@@ -71,6 +71,7 @@ def test_net_of_own_data_becomes_a_folder_that_all_load(
     import build
     import check
 
+    skip_memory(monkeypatch)
     ours = files_of(project)
     argv = [train_run, *arguments, '--data-dir', data, *FACTS, '--license', 'mit', '--base-model', 'me/before']
     code, out, err = run(build, argv, monkeypatch, capsys)
@@ -116,9 +117,11 @@ def test_net_of_own_data_becomes_a_folder_that_all_load(
     assert run(build, [path, *arguments], monkeypatch, capsys)[0] == 0
     assert files_of(own) == before
     # other facts, and none
-    argv = [path, *arguments, '--dataset-license', 'mit', '--base-model', '', '--new-version', 'me/after']
+    argv = [path, *arguments, '--dataset-license', '', '--base-model', '', '--new-version', 'me/after']
     assert run(build, argv, monkeypatch, capsys)[0] == 0
-    metadata = yaml.safe_load((path / 'README.md').read_text().split('---\n')[1])
+    text = (path / 'README.md').read_text()
+    metadata = yaml.safe_load(text.split('---\n')[1])
+    assert '| Task | image classification, [Mes oiseaux](https://huggingface.co/datasets/me/oiseaux), 3 cl' in text
     assert metadata['new_version'] == 'me/after' and 'base_model' not in metadata and metadata['license'] == 'mit'
     assert run(check, [path, '--output', own], monkeypatch, capsys)[0] == 0
     assert files_of(project) == ours
