@@ -313,10 +313,12 @@ def compose(release, namespace, manifest, pin, facts, training, files):
     for heading, code in snippets(release, namespace, facts['width'], facts['features']).items():
         lines += [f'### {heading}', '', '```python', code, '```', '']
     lines += onnx_section(release, namespace, entry, facts['image_size'])
-    purpose = 'made for research on weight sharing' if release.shelf.package else 'trained'
+    made = f'trained at {facts["image_size"]} px'
+    if release.shelf.package:
+        made = f'made for research on weight sharing, at {facts["image_size"]} px,'
     limits = [
-        f'It knows the {dataset.classes} classes of {dataset.name} and takes any image for one of them. It was '
-        f'{purpose}, at {facts["image_size"]} px, and tested on no other data.',
+        f'It knows the {dataset.classes} classes of {dataset.name} and takes any image for one of them. It was {made} '
+        'and tested on no other data.',
         "The data set's own biases and label errors are the model's, too.",
         'One training run, so differences of a few tenths of a percent between models mean little.',
         'The Hub page offers code without the plugin: it answers "Unknown model" until `timm-sharesnet` is installed.',

@@ -1017,7 +1017,14 @@ def test_command_writes_what_timm_loads(tmp_path: Path, capsys: Any) -> None:
     assert_close(output, io['output'])
     assert model.pretrained_cfg['tag'] == 'torch7'
     source = dict(file=checkpoint.name, sha256=hashlib.sha256(checkpoint.read_bytes()).hexdigest())
-    assert json.loads((out / 'config.json').read_text())['torch7'] == source
+    config = json.loads((out / 'config.json').read_text())
+    assert config['torch7'] == source
+    assert config['model_args']['layers'] == [3, 3, 3] and 'num_classes' not in config['model_args']
+
+
+def test_command_suggests_for_a_mistyped_model(tmp_path: Path) -> None:
+    error = main(DATA / 'wrn-22-2-c10.t7.gz', '--model', 'shawrn40_5', '--output', tmp_path / 'out')
+    assert 'timm knows no model shawrn40_5, did you mean shawrn40_4' in error
 
 
 @pytest.mark.parametrize('layers', ['2,1,1', '(2,1,1)', '[2, 1, 1]'])
