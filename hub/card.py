@@ -219,10 +219,9 @@ def session(measured):
 def snippets(release, namespace, width, features):
     """The runnable examples: heading -> code."""
     dataset = release.dataset
-    label_names = _IMAGENET_LABELS if dataset.ours else f'range({dataset.classes})'
     values = {
         'hub': f'hf-hub:{namespace}/{release.name}',
-        'label_names': "model.pretrained_cfg['label_names']" if dataset.names() else label_names,
+        'label_names': "model.pretrained_cfg['label_names']" if dataset.names() else _IMAGENET_LABELS,
         'shown': min(5, dataset.classes),
         'features': ', '.join(map(str, features)),
         'width': width,

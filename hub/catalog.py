@@ -104,8 +104,10 @@ class Dataset(NamedTuple):
         return self in DATASETS.values()
 
     def names(self):
-        """Names of the classes, or None if they are not known (ImageNet's are timm's)."""
-        return read_json(SAMPLES / f'{self.sample}.json')['classes'] if self.sample else self.label_names
+        """Names of the classes, None for ImageNet's, which timm knows. Where nobody told them they are numbers."""
+        if self.sample:
+            return read_json(SAMPLES / f'{self.sample}.json')['classes']
+        return None if self.ours else self.label_names or [str(i) for i in range(self.classes)]
 
 
 DATASETS = {

@@ -140,7 +140,7 @@ def no_onnx(own, monkeypatch):
     use_any_onnx(monkeypatch)
 
 
-def test_without_data_the_names_come_from_a_file_or_are_not_known(
+def test_without_data_the_names_come_from_a_file_or_are_numbers(
     own, arguments, train_run, no_onnx, tmp_path, monkeypatch, capsys
 ):
     import build
@@ -148,9 +148,9 @@ def test_without_data_the_names_come_from_a_file_or_are_not_known(
     argv = [train_run, *arguments, '--dataset-name', 'Oiseaux | pies']
     assert run(build, argv, monkeypatch, capsys)[0] == 0
     text = (own / TAG / 'README.md').read_text()
-    assert '| Task | image classification, Oiseaux \\| pies, 3 classes |' in text and 'range(3)' in text
+    assert '| Task | image classification, Oiseaux \\| pies, 3 classes |' in text
     assert 'No licence is stated for the weights' in text and 'license' not in text.split('---\n')[1]
-    assert 'label_names' not in json.loads((own / TAG / 'config.json').read_text())
+    assert json.loads((own / TAG / 'config.json').read_text())['label_names'] == ['0', '1', '2']
     (tmp_path / 'classes.txt').write_text('\n'.join(CLASSES) + '\n', encoding='utf-8')
     argv = [own / TAG, *arguments, '--class-names', tmp_path / 'classes.txt']
     assert run(build, argv, monkeypatch, capsys)[0] == 0

@@ -168,13 +168,18 @@ def test_given_names_of_classes_are_the_order_of_the_labels(provenance, numbered
     assert sorted((image.getpixel((0, 0))[0], label) for image, label in images) == [(i, 11 - i) for i in range(12)]
 
 
-def test_splits_of_other_classes_are_refused(provenance, numbered):
+def test_splits_of_other_classes_are_refused(provenance, numbered, monkeypatch):
     import build
+    import catalog
     from catalog import Dataset
 
     os.rename(numbered / 'train' / '3', numbered / 'train' / 'x')
-    with pytest.raises(build.Fault, match='do not have the same classes'):
+    with pytest.raises(build.Fault, match='train does not have the classes of Mine'):
         build.open_images(numbered, Dataset(None, 'Mine', 'validation', None, 12))
+    like_imagenet = Dataset('org/known', 'Known', 'validation', 24, 12)  # without names to compare with
+    monkeypatch.setitem(catalog.DATASETS, 'known', like_imagenet)
+    with pytest.raises(build.Fault, match='do not have the same classes'):
+        build.open_images(numbered, like_imagenet)
     os.rename(numbered / 'val' / '3', numbered / 'val' / '4' / 'x')
     (numbered / 'val' / '4' / 'x' / 'x.png').unlink()
     with pytest.raises(build.Fault, match='val has 11 classes, Mine has 12'):
