@@ -12,6 +12,7 @@ Exit code 0, or 1 and a line that says what is wrong, or 2 for wrong options.
 
 import argparse
 import ast
+import difflib
 import hashlib
 import io
 import os
@@ -41,8 +42,7 @@ def main(argv: Optional[List[str]] = None) -> Optional[str]:
     try:
         if args.output.exists() and not args.output.is_dir():
             raise FileExistsError(f'{args.output} is not a directory')
-        if unknown := unknown_model(args.model):
-            raise ValueError(unknown)
+        _require_model(args.model)
         model_kwargs = dict(map(_key_value, args.model_kwargs))
         state_dict = load_torch7(args.checkpoint, args.model, **model_kwargs)
         model = timm.create_model(args.model, **model_kwargs)
@@ -56,6 +56,18 @@ def main(argv: Optional[List[str]] = None) -> Optional[str]:
         f"Load it with timm.create_model('local-dir:{args.output}', pretrained=True)."
     )
     return None
+
+
+def _require_model(name: str) -> None:
+    """Raise unless it is a model of this package: only these exist in Torch7."""
+    arch = name.partition('.')[0]
+    ours = [n for n in timm.list_models() if timm.models.model_entrypoint(n).__module__.startswith('timm_sharesnet.')]
+    if arch not in ours:
+        close = difflib.get_close_matches(arch, ours, 3)
+        meant = f'did you mean {" or ".join(close)}?' if close else f'they are {", ".join(ours)}'
+        raise ValueError(f'{arch} is no model of timm_sharesnet, and only these exist in Torch7: {meant}')
+    if unknown := unknown_model(name):
+        raise ValueError(unknown)
 
 
 def _key_value(text: str) -> Tuple[str, Any]:
