@@ -20,13 +20,13 @@ RECIPE = (
 
 # Scheme, user information, host and path, query and fragment
 URL = re.compile(r"""([A-Za-z][\w+.-]*://)(?:[^\s/?#"']*@)?([^\s?#"']*)(?:[?#][^\s"']*)?""")
-LOGIN = re.compile(r"""(?<![\w:/.-])[\w.+-]+:[^\s/@:"']+@(?=[\w.-])""")  # user:password@host without a scheme
+LOGIN = re.compile(r"""(?<![\w:.-])[\w.+-]+:[^\s/@:"']+@(?=[\w.-])""")  # user:password@host without a scheme
 _SECRET = r'token|password|passwd|pwd|secret|credentials?|(?:api|access|private|secret)[_-]?key'
-SECRET_KEY = re.compile(rf'(?i)(?:{_SECRET}|authorization|(?:^|[_.-])auth)$')
+SECRET_KEY = re.compile(rf'(?i)(?:{_SECRET}|authorization|(?:^|[_.-])auth|(?<!input)(?<!target)[_-]key)$')
 SECRET = re.compile(
     rf"""
     (?<![A-Za-z0-9]) (?:
-        hf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{{8,}} | hf_[a-z]{{20,}}        # Hugging Face
+        hf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{{8,}} | hf_[a-z]{{20,}} | api_org_\w{{10,}}  # Hugging Face
         | gh[pousr]_\w{{10,}} | github_pat_\w+ | glpat-[\w-]+           # GitHub, GitLab
         | A[KS]IA[A-Z0-9]{{12,}} | AIza[\w-]{{20,}} | ya29\.            # Amazon, Google
         | xox[a-z]-[\w-]+ | sk-[\w-]{{16,}}                             # Slack, OpenAI and others
@@ -34,7 +34,7 @@ SECRET = re.compile(
         | (?=[A-Za-z0-9]*[a-z])(?=[A-Za-z0-9]*[A-Z])(?=[A-Za-z0-9]*\d)[A-Za-z0-9]{{32,}}
     )
     | -----BEGIN
-    | (?i: \bauthorization\b | \bbearer\s+\S | (?:\s|^)(?:-u|--user)[\s=]+\S+:\S
+    | (?i: \bauthorization\b | \bx-auth | \bcookie\s*: | \bbearer\s+\S | (?:\s|^)(?:-u|--user)[\s=]+\S+:\S
         | (?:{_SECRET} | signature | \bsig)["']?\s*[=:]\s*["']?[^\s"'] | (?:\s|^)--(?:{_SECRET})\s+\S )
     """,
     re.VERBOSE,

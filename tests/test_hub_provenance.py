@@ -15,6 +15,8 @@ SECRETS = {
     'initial_checkpoint': f'https://example.org/{TOKEN}/last.pth',
     'hf_token': 'anything',
     'wandb_password': 12345,
+    'wandb_key': '0123456789' * 4,
+    'remote': 'pipe:curl -H "Cookie: session=1" https://example.org/w.tar',
     'experiment': 'ghp_' + 'a1B2' * 9,
     'log_wandb': 'AKIA' + 'ABCDEFGHIJKLMNOP',
     'train_split': 'pipe:curl -u me:secret https://example.org/w.tar',
@@ -56,6 +58,7 @@ def test_what_looks_like_a_secret_is_refused_by_its_key(provenance, name, key):
         'another scheme': ('pipe:s3cmd get s3://k:s@bucket/w.tar -', 'pipe:s3cmd get s3://bucket/w.tar -'),
         'in a text': ('from "https://u:p@h.org/x?sig=1" and /home/me/x.pth', 'from "https://h.org/x" and x.pth'),
         'without a scheme': ('scp me:secret@host', 'scp host'),
+        'without a scheme, after slashes': ('//me:secret@host', 'host'),
         'a path': ('/home/me/runs/last.pth', 'last.pth'),
         'a model of the Hub': ('hf-hub:org/name@' + 'a1' * 20, 'hf-hub:org/name@' + 'a1' * 20),
         'a hash': ('0123456789abcdef' * 4, '0123456789abcdef' * 4),
@@ -72,7 +75,7 @@ def test_urls_lose_user_query_and_fragment(provenance, value, published):
 def test_options_of_train_py_are_published_as_they_are(provenance):
     """None of their names and ordinary values is taken for a secret."""
     args = {'data_dir': 'cifar10', 'dataset': 'torch/cifar10', 'aa': 'rand-m9-mstd0.5-inc1', 'mean': [0.5, 0.5, 0.5]}
-    args |= {'class_map': '', 'smoothing': 0.1, 'model_kwargs': {'class_token': True}, 'hflip': 0.5, 'experiment': ''}
+    args |= {'class_map': '', 'smoothing': 0.1, 'model_kwargs': {'class_token': True}, 'hflip': 0.5, 'input_key': 'jpg'}
     assert yaml.safe_load(provenance.clean('args.yaml', yaml.safe_dump(args).encode())) == args
 
 
