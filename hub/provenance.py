@@ -129,7 +129,7 @@ def _counts(option, args):
         'amp_dtype': args.get('amp'),
         'decay_epochs': args.get('sched') == 'step',
         'decay_milestones': args.get('sched') == 'multistep',
-        'decay_rate': args.get('sched') in ('step', 'multistep'),
+        'decay_rate': args.get('sched') in ('step', 'multistep', 'poly'),
         'lr_base': not args.get('lr'),
         'mixup_off_epoch': mixing and args.get('mixup_off_epoch'),
         'mixup_prob': mixing,

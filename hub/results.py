@@ -14,9 +14,10 @@ import argparse
 import csv
 import re
 
-import card
+import catalog
 import folder
-from folder import DATASETS, Fault
+from catalog import DATASETS, NETS
+from folder import Fault
 
 ROOT = folder.HUB.parent
 README = ROOT / 'README.md'
@@ -26,7 +27,7 @@ COLUMNS = (
     'model dataset img_size param_count convs gmacs macts tag top1 top5 top1_paper top5_paper table onnx_mb '
     'session_mib twin'
 ).split()
-SHARED = [name for name, net in card.NETS.items() if net.twin != name]
+SHARED = [name for name, net in NETS.items() if net.twin != name]
 
 
 def main():
@@ -58,14 +59,14 @@ def measure(deploy):
 
     with deploy.open(newline='', encoding='utf-8') as file:
         deployed = {
-            row['net'] if row['form'] == 'folded' else card.NETS[row['net']].twin: row
+            row['net'] if row['form'] == 'folded' else NETS[row['net']].twin: row
             for row in csv.DictReader(file)
             if (row['precision'], row['runtime']) == ('fp32', 'onnxruntime') and row['form'] != 'exported'
         }
-    manifest = folder.read_json(folder.MANIFEST)
-    twins = dict.fromkeys(card.NETS[name].twin for name in SHARED)
+    manifest, _ = catalog.OURS.read()
+    twins = dict.fromkeys(NETS[name].twin for name in SHARED)
     rows = []
-    for name in (*SHARED, *twins, *(name for name in card.NETS if name not in SHARED and name not in twins)):
+    for name in (*SHARED, *twins, *(name for name in NETS if name not in SHARED and name not in twins)):
         net, paper = paper_of(name)
         model = timm.create_model(name).eval()
         counts = folder.measure(model)
@@ -98,10 +99,10 @@ def measure(deploy):
 def paper_of(name):
     """The entry that a net belongs to, its own or its shared net's, and what the paper says of it."""
     for shared in SHARED:
-        net = card.NETS[shared]
+        net = NETS[shared]
         if name in (shared, net.twin):
             return net, net.paper[name == net.twin]
-    return card.NETS[name], card.NETS[name].paper[2]  # of like size
+    return NETS[name], NETS[name].paper[2]  # of like size
 
 
 def count_convolutions(model):
@@ -119,7 +120,7 @@ def models_table(rows):
         'paper, unshared | ours | weights |',
         '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |',
     ]
-    manifest, pins = folder.read_json(folder.MANIFEST), folder.read_json(folder.PINS)
+    manifest, pins = catalog.OURS.read()
     for row in rows:
         if row['twin']:
             twin = by_name[row['twin']]
