@@ -3,11 +3,11 @@
 
     python hub/results.py
 
-Writes hub/results-MACHINE-VERSIONS.csv, the table of models in README.md, and hub/accuracy.svg (after Figure 5 of the
-paper), and prints the paper's Tables 1 to 3. Parameters, convolutions, GMACs and activations are counted on the running
-nets; accuracies are the manifest's and the paper's; file and session memory are those of the newest
-tests/benchmarks/results/deploy-MACHINE-VERSIONS.csv (the folded net in ONNX Runtime, fp32), hence the name. Needs
-matplotlib. Exit code 0, or 1 and one line that says what is wrong.
+Written are hub/results-MACHINE-VERSIONS.csv, the table of models in README.md, and hub/accuracy.svg (after Figure 5 of
+the paper), and the paper's Tables 1 to 3 are printed. Parameters, convolutions, GMACs and activations are counted on
+the running nets; accuracies are the manifest's and the paper's; file and session memory are those of the newest
+tests/benchmarks/results/deploy-MACHINE-VERSIONS.csv (the folded net in ONNX Runtime, fp32), hence the name. It needs
+matplotlib. Exit code 0, or 1 and a line for each fault.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
     python tests/demo.py
 
-Prints accuracy, speed and a table of the model against its unshared twin, and leaves a picture of predictions in
-`output/`.
+Prints accuracy, speed and a table of the model against its unshared twin, and writes a picture of predictions,
+`output/predictions.png`. Exit code 0.
 """
 
+import argparse
 import json
 import os
 import time
@@ -83,6 +84,7 @@ def draw(images, labels, predictions, classes, path, per_class=10):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     images, labels, classes = load_images()
     model = timm.create_model(MODEL, pretrained=True).eval()
     print(f'loaded {MODEL}.{model.pretrained_cfg["tag"]} from the package')

@@ -15,7 +15,7 @@ twin; the medians are kept. It means something only if nothing else runs.
 
 What is measured replaces what tests/benchmarks/results/deploy-MACHINE-VERSIONS.csv has of these nets; the picture
 hub/deploy.svg is drawn from all rows. Printed, too, are the bytes of gradients and optimizer state, counted on the meta
-device. Needs the extra `timm-sharesnet[bench]`.
+device. Needs the extra `timm-sharesnet[bench]`. Exit code 0, or 2 for options that it does not know.
 """
 
 import argparse

@@ -9,6 +9,8 @@ last log line of each epoch but the first, which warms up and compiles. train.py
 
 --profile runs train.py once more and says where the time of a steady step goes: the device's kernels, waiting for the
 loader, waiting for the device (`item`), and the operators with the largest share.
+
+It prints, and writes nothing. Exit code 0, or 2 for options that it does not know, or 1 if train.py fails.
 """
 
 import argparse

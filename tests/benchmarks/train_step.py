@@ -15,7 +15,7 @@ CPU). Each starts from a reset compiler and static shapes, so that no case inher
 Writes benchmark-train.csv and benchmark-infer.csv with the columns of timm's results/benchmark-*.csv, then ours, and
 ratios.png. `peak_memory_mb` is what torch allocates for the net and one step (on a CPU by the profiler's allocation
 events, so without what libraries take for themselves); `kernel_launches` counts the CUDA launches of one step, a
-replayed graph as one, and is empty on a CPU.
+replayed graph as one, and is empty on a CPU. Exit code 0, or 2 for options that it does not know.
 """
 
 import argparse
