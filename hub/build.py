@@ -298,7 +298,11 @@ def describe_dataset(args, release, candidates, class_map):
         names = names or list(read_folder(split).reader.class_to_idx)
     classes = count_classes(candidates, release)
     if names and len(names) != classes:
-        raise Fault(f'the weights have {classes} classes, and there are names for {len(names)}')
+        shown = ', '.join(names[:3])
+        raise Fault(
+            f'the weights have {classes} classes, and there are names for {len(names)} ({shown}, ...): '
+            'say --class-names FILE with those of the weights'
+        )
     return dataset._replace(**given, classes=classes, label_names=names)
 
 

@@ -33,7 +33,7 @@ SECRET = re.compile(
         | eyJ[\w-]{{6,}}\.[\w-]+                                        # JSON web token
         | (?=[A-Za-z0-9]*[a-z])(?=[A-Za-z0-9]*[A-Z])(?=[A-Za-z0-9]*\d)[A-Za-z0-9]{{32,}}
     )
-    | -----BEGIN
+    | -----BEGIN | ://[^\s/@:]+:[^\s/@]+@
     | (?i: \bauthorization\b | \bx-auth | \bcookie\s*: | \bbearer\s+\S | (?:\s|^)(?:-u|--user)[\s=]+\S+:\S
         | (?:{_SECRET} | signature | \bsig)["']?\s*[=:]\s*["']?[^\s"'] | (?:\s|^)--(?:{_SECRET})\s+\S )
     """,

@@ -119,6 +119,10 @@ DAMAGE = {
         damage_json('config.json', lambda d: d['label_names'].reverse()),
         'config.json has label_names',
     ),
+    'what transformers would pass twice': (
+        damage_json('config.json', lambda d: d['model_args'].update(num_classes=10)),
+        'config.json has num_classes in model_args 10 instead of None',
+    ),
     'another hash': (damage_json('config.json', lambda d: d.update(sha256='0')), "config.json has sha256 '0' instead"),
     'a source': (
         damage_json('config.json', lambda d: d['pretrained_cfg'].update(url='https://example.org/x.bin')),

@@ -130,7 +130,11 @@ def test_check_names_a_secret_and_a_url_that_holds_one(provenance, monkeypatch, 
         training['data'] = TOKEN
         (path / name).write_text(json.dumps(training))
     else:
-        (path / name).write_text((path / name).read_text() + f'\n{TOKEN}\n')
+        text = (path / name).read_text()
+        (path / name).write_text(f'{text}\nhttps://me:secret@example.org/cifar10\n')
+        faults = check.static_faults(catalog.parse(NAME, catalog.OURS))
+        assert faults == ['README.md looks like a token or a password, and would be published: take it out']
+        (path / name).write_text(f'{text}\n{TOKEN}\n')
     faults = check.static_faults(catalog.parse(NAME, catalog.OURS))
     where = 'training.json: data' if name == 'training.json' else name
     assert faults == [f'{where} looks like a token or a password, and would be published: take it out']
