@@ -26,6 +26,7 @@ def run(code, *options, **env):
         'import timm, timm_sharesnet',
         'from timm_sharesnet import SharedStage; import timm',
         'from timm_sharesnet import CifarResNetV2, ShaResNet; import timm',
+        'import timm_sharesnet._pretrained, timm_sharesnet.preflight, timm',
     ],
 )
 def test_models_are_registered_after(imports):

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Type, Union, cast
 
 import safetensors.torch
-import timm
 import torch
 import torch.nn as nn
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import LocalEntryNotFoundError
-from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 
 _WEIGHTS_DIR = Path(__file__).parent / 'weights'
 _MANIFEST: Dict[str, Dict[str, Any]] = json.loads((Path(__file__).parent / 'weights.json').read_text())
@@ -54,6 +52,8 @@ def create(model_cls: Type[nn.Module], variant: str, pretrained: bool = False, *
     Raises:
         See `resolve_weights` and `checkpoint_filter_fn`.
     """
+    from timm.models import build_model_with_cfg  # this file is needed while timm.models is imported
+
     filter_fn = partial(checkpoint_filter_fn, features_only=kwargs.get('features_only', False))
     if pretrained:
         kwargs['pretrained_cfg_overlay'] = resolve_weights(variant, **kwargs)
@@ -88,6 +88,8 @@ def resolve_weights(
         RuntimeError: If no weights are published, they cannot be fetched, or they are not the published ones.
         ValueError: If the user's state dict is empty.
     """
+    from timm.models import resolve_pretrained_cfg
+
     overlay = dict(pretrained_cfg_overlay or {})
     if any(overlay.get(key) for key in ('state_dict', 'file', 'hf_hub_id', 'url')):
         # else a source of the default cfg would silently win over the one asked for
@@ -122,6 +124,8 @@ def resolve_weights(
 
 def _no_weights(variant: str, tag: str) -> str:
     """What a user can do who asked for weights that are not published."""
+    import timm
+
     name, ways = f'{variant}.{tag}', []
     others = timm.list_pretrained(f'{variant}.*')
     if others:
@@ -199,6 +203,8 @@ def _read(path: Path, entry: Dict[str, Any], remedy: str) -> Dict[str, torch.Ten
 
 def unknown_model(name: str) -> str:
     """What to say of a model name, with or without tag, that timm does not know. Empty if it does."""
+    import timm
+
     arch, _, tag = name.partition('.')
     if not timm.is_model(arch):
         name, known = arch, timm.list_models()
