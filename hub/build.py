@@ -395,8 +395,9 @@ def build(new, release, candidates, images):
         save_file(tensors, target / WEIGHTS, metadata={'format': 'pt'})
         (target / WEIGHTS).chmod(0o644)  # safetensors lets nobody else read it
         write_config(model, dataset, target)
-        reloaded = folder.load(target).state_dict()
-        if any(not torch.isfinite(v).all() or not torch.equal(v, reloaded[k].to(v.dtype)) for k, v in tensors.items()):
+        finite = all(torch.isfinite(v).all() for v in tensors.values())  # else it does not load
+        reloaded = folder.load(target).state_dict() if finite else {}
+        if not finite or any(not torch.equal(v, reloaded[k].to(v.dtype)) for k, v in tensors.items()):
             raise Fault(f'{label}: the written file does not hold the same finite values as {dtype}')
         written[label] = measure_accuracy(folder.load(target), images) if images else None
     best = max(written, key=lambda label: (written[label] or {}).get('top1', 0))  # the first, EMA, if equal
