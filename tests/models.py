@@ -4,6 +4,7 @@ A fresh ImageNet net computes without its shared convolutions, because timm star
 zero. `create` therefore gives every batch norm weights and statistics that are not trivial.
 """
 
+import re
 from typing import Any, Dict, List, Tuple
 
 import timm
@@ -19,6 +20,14 @@ SMALL = {
     'bottleneck': ('sharesnet50', dict(layers=(3, 3, 1, 1), channels=(16, 24, 32, 40), num_classes=10)),
     'preact': ('sharesnet164_cifar', dict(layers=(3, 3, 1))),
     'wide': ('shawrn40_4', dict(layers=(3, 3, 1), widen_factor=1)),
+}
+# Of which a stage has several shared convolutions, each of a run of blocks
+RUNS = {
+    'bottleneck-half': (
+        'sharesnet50',
+        dict(layers=(5, 4, 1, 1), channels=(16, 24, 32, 40), num_classes=10, share_rate=0.5),
+    ),
+    'preact-half': ('sharesnet164_cifar', dict(layers=(5, 4, 1), share_rate=0.5)),
 }
 TWINS = {
     'sharesnet34': 'resnet34',
@@ -58,6 +67,10 @@ VARIANTS: List[Tuple[str, Dict[str, Any]]] = [
     ('shawrn40_4', dict(layers=(2, 2, 2), widen_factor=2, num_classes=0)),
     ('shawrn40_4', dict(layers=(2, 2, 2), widen_factor=1, block_drop_rate=0.1, drop_path_rate=0.1)),
     ('shawrn40_4', dict(layers=(2, 2, 2), widen_factor=2, block_drop_rate=0.1)),
+    ('sharesnet50', dict(layers=(4, 5, 2, 1), share_rate=0.5)),
+    ('sharesnet34', dict(layers=(4, 3, 2, 1), share_rate=(0.5, 1.0, 0.0, 1.0))),
+    ('sharesnet164_cifar', dict(layers=(6, 4, 5), share_rate=(0.5, 0.25, ((1, 3), (2, 4))))),
+    ('shawrn40_4', dict(layers=(5, 4, 3), widen_factor=1, share_rate=0.5)),
 ]
 SHARED, CIFAR_TWINS = list(TWINS), ['resnet164_cifar', 'wrn40_4', 'wrn28_10', 'resnet92_cifar', 'wrn28_4', 'wrn22_10']
 
@@ -77,8 +90,8 @@ def create(name: str, **kwargs: Any) -> nn.Module:
 
 
 def small(kind: str, **kwargs: Any) -> nn.Module:
-    """A small net of a kind in `SMALL`."""
-    name, small_kwargs = SMALL[kind]
+    """A small net of a kind in `SMALL` or `RUNS`."""
+    name, small_kwargs = {**SMALL, **RUNS}[kind]
     return create(name, **{**small_kwargs, **kwargs})
 
 
@@ -105,21 +118,28 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
+def twin_args(kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Architecture arguments of the twin."""
+    return {k: v for k, v in kwargs.items() if k != 'share_rate'}
+
+
 def unshared(model: nn.Module) -> nn.Module:
     """The plain twin that computes the same: each block has a copy of the convolution that it shares in `model`."""
     name, kwargs = model.made_by
-    twin = timm.create_model(TWINS[name], **kwargs)
+    twin = timm.create_model(TWINS[name], **twin_args(kwargs))
     state_dict = model.state_dict()
     twin.load_state_dict({k: state_dict[shared_name(k, state_dict)] for k in twin.state_dict()})
     return twin.to(next(model.parameters()).dtype).train(model.training)
 
 
 def shared_name(twin_name: str, shared: Dict[str, Any]) -> str:
-    """Name of a twin's tensor in the net that shares: `layer1.0.conv2.weight` -> `layer1.conv.weight`."""
+    """Name of a twin's tensor in the net that shares: `layer1.0.conv2.weight` -> `layer1.conv.weight` or `.conv.0.`."""
     stage, _, rest = twin_name.partition('.')
     if not stage.startswith('layer'):
         return twin_name
     own = f'{stage}.blocks.{rest.removeprefix("blocks.")}'
     if own not in shared and own.endswith('.conv2.weight'):
-        return f'{stage}.conv.weight'
+        runs = [int(k.split('.')[2]) for k in shared if re.fullmatch(rf'{stage}\.conv\.\d+\.weight', k)]
+        first = [run for run in runs if run <= int(own.split('.')[2])]
+        return f'{stage}.conv.{max(first)}.weight' if first else f'{stage}.conv.weight'
     return own

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
-from models import SMALL, images, small
+from models import RUNS, SMALL, images, small
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -75,7 +75,7 @@ def gradients(kind: str, half: int, wrap: Callable[[nn.Module], nn.Module] = lam
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
-    for kind in SMALL:
+    for kind in [*SMALL, *RUNS]:
         for name, wrap in WRAPPERS.items():
             torch.save(gradients(kind, rank, wrap), f'{folder}/{kind}-{name}-{rank}.pt')
     dist.destroy_process_group()
@@ -95,7 +95,7 @@ def averaged_gradients(kind: str) -> Dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize('wrapper', WRAPPERS)
-@pytest.mark.parametrize('kind', SMALL)
+@pytest.mark.parametrize('kind', [*SMALL, *RUNS])
 def test_both_ranks_have_the_gradients_of_one_process(kind: str, wrapper: str, results: Path) -> None:
     for rank in 0, 1:
         found = torch.load(results / f'{kind}-{wrapper}-{rank}.pt')

@@ -11,16 +11,17 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from models import SHARED, SMALL, create, images, small
+from models import RUNS, SHARED, SMALL, create, images, small
 from torch._dynamo.testing import CompileCounterWithBackend
 
-kinds = pytest.mark.parametrize('kind', SMALL)
+kinds = pytest.mark.parametrize('kind', [*SMALL, *RUNS])
 slow = pytest.mark.slow
 
 
 def slow_but_for(*default: str) -> pytest.MarkDecorator:
     """Run the test on all kinds, of which only some are in the default run."""
-    return pytest.mark.parametrize('kind', [k if k in default else pytest.param(k, marks=slow) for k in SMALL])
+    kinds = [*SMALL, *RUNS]
+    return pytest.mark.parametrize('kind', [k if k in default else pytest.param(k, marks=slow) for k in kinds])
 
 
 @pytest.fixture(autouse=True)

@@ -55,8 +55,8 @@ def test_twin_shares_nothing(name: str) -> None:
     [
         ('sharesnet164_cifar', dict(layers=(3, 3, 3)), 263_834),  # depth 29
         ('shawrn40_4', dict(layers=(3, 3, 3), widen_factor=2), 886_106),  # WRN-22-2
-        ('shawrn28_10', dict(share_conv=False), 36_536_884),
-        ('wrn28_10', dict(share_conv=True), 26_860_084),
+        ('shawrn28_10', dict(share_rate=0.0), 36_536_884),
+        ('wrn28_10', dict(share_rate=1.0), 26_860_084),
     ],
 )
 def test_architecture_is_overridden_by_keyword(name: str, kwargs: Dict[str, Any], parameters: int) -> None:

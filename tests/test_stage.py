@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from models import SMALL, images, shared_name, small, unshared
+from models import RUNS, SMALL, images, shared_name, small, unshared
 from safetensors.torch import load_file, save_file
 from timm.models import checkpoint_seq, save_for_hf
 from timm.optim import param_groups_layer_decay
@@ -20,13 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_sharesnet import PreActBottleneck, PreActWideBasic, SharedStage
 
-pytestmark = pytest.mark.parametrize('kind', SMALL)
+pytestmark = pytest.mark.parametrize('kind', [*SMALL, *RUNS])
 
 
 def uses(model: nn.Module) -> Counter:
     """How often each stage's convolution is used: name -> number of blocks without a 3x3 of their own."""
-    stages = {n: m for n, m in model.named_modules() if isinstance(m, SharedStage) and m.conv is not None}
-    return Counter({f'{n}.conv': sum(b.conv2 is None for b in m.blocks) for n, m in stages.items()})
+    stages = {n: m for n, m in model.named_modules() if isinstance(m, SharedStage)}
+    names = [(n, m, m.conv_name(i)) for n, m in stages.items() for i in range(len(m)) if m.conv_of(i) is not None]
+    return Counter(f'{n}.{conv}' for n, m, conv in names)
 
 
 def calls(model: nn.Module, x: torch.Tensor) -> Counter:
@@ -226,7 +227,8 @@ def test_layer_decay_puts_the_shared_convolution_with_the_first_block_of_its_sta
     scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
     assert sum(len(group['params']) for group in groups) == len(scale) == len(list(model.parameters()))
     for name in uses(model):
-        first = model.get_submodule(name.removesuffix('conv') + 'blocks.0').conv1.weight
+        stage, _, run = name.partition('.conv')
+        first = model.get_submodule(f'{stage}.blocks.{run.removeprefix(".") or 0}').conv1.weight
         assert scale[id(model.get_submodule(name).weight)] == scale[id(first)] < 1
     assert scale[id(model.fc.weight)] == 1
 

@@ -108,17 +108,19 @@ def fold_stage(stage: SharedStage) -> None:
         ValueError: If something was added to the shared convolution (LoRA, pruning, a bias, a hook).
     """
     _check(stage)
-    for block in stage.blocks:
-        _fold_block(block, stage.conv)
+    for i, block in enumerate(stage.blocks):
+        _fold_block(block, stage.conv_of(i))
     _fold_sequentials(stage)
 
 
 def _check(stage: SharedStage) -> None:
-    if stage.conv is not None and not is_plain(stage.conv):
-        raise ValueError(
-            f'The shared convolution {stage.conv} has a hook, pruning, a parametrization, a bias or something else '
-            f'that a plain convolution has not, and cannot be folded: merge or remove it first.'
-        )
+    for i in range(len(stage)):
+        conv = stage.conv_of(i)
+        if conv is not None and not is_plain(conv):
+            raise ValueError(
+                f'The shared convolution {conv} has a hook, pruning, a parametrization, a bias or something else that '
+                f'a plain convolution has not, and cannot be folded: merge or remove it first.'
+            )
 
 
 def _fold_block(block: nn.Module, shared: Optional[nn.Conv2d]) -> None:

@@ -8,7 +8,7 @@ Papers:
 
 What is shared follows the author's code: the 3x3 (bottleneck) or second 3x3 (wide) of blocks 2 to n of each stage. The
 first block of a stage has its own, and a 1x1 projection shortcut without batch norm, stage 1's too. The stem has no
-batch norm. The same classes with `share_conv=False` are the unshared twins.
+batch norm. The same classes with `share_rate=0.0` are the unshared twins.
 """
 
 import json
@@ -23,7 +23,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
 from ._pretrained import create, with_sources
-from .stage import SharedStage, SharingBlock
+from .stage import SharedStage, ShareRate, SharingBlock, stage_rates
 
 __all__ = ['PreActBottleneck', 'PreActWideBasic', 'CifarResNetV2']  # register_model adds each entrypoint fn to this
 
@@ -149,7 +149,7 @@ class CifarResNetV2(nn.Module):
         output_stride: int = 4,
         global_pool: str = 'avg',
         widen_factor: int = 1,
-        share_conv: bool = True,
+        share_rate: ShareRate = 1.0,
         act_layer: LayerType = nn.ReLU,
         norm_layer: LayerType = nn.BatchNorm2d,
         drop_rate: float = 0.0,
@@ -167,7 +167,8 @@ class CifarResNetV2(nn.Module):
             output_stride: Output stride of the network, always 4.
             global_pool: Global pooling type.
             widen_factor: Multiplies the stages' channels (16, 32, 64), k of Wide ResNet.
-            share_conv: Share one 3x3 among blocks 2 to n of each stage. False gives the unshared twin.
+            share_rate: How much blocks 2 to n of a stage share, for all stages or for each. 1 is the paper, where they
+                have one 3x3, 0 the unshared twin; see `timm_sharesnet.stage.split_runs`.
             act_layer: Activation layer.
             norm_layer: Normalization layer.
             drop_rate: Dropout rate before the classifier.
@@ -184,6 +185,7 @@ class CifarResNetV2(nn.Module):
             raise ValueError(f'output_stride of a CIFAR ResNet is always 4, got {output_stride}.')
         if len(layers) != 3 or min(layers) < 1:
             raise ValueError(f'layers must be three positive numbers of blocks, got {layers}.')
+        rates = stage_rates(share_rate, len(layers))
         act_layer = get_act_layer(act_layer)
         norm_layer = get_norm_layer(norm_layer)
         self.num_classes = num_classes
@@ -216,7 +218,7 @@ class CifarResNetV2(nn.Module):
                 chs = stage_chs * block.expansion
             reduction *= stride
             name = f'layer{i + 1}'
-            self.add_module(name, SharedStage(blocks, first_shared=1 if share_conv else None))
+            self.add_module(name, SharedStage(blocks, block.first_shared(i), rates[i]))
             self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=name))
         self.norm = norm_layer(chs, **dd)
         self.act = act_layer(inplace=False)  # its input may be one of the intermediates
@@ -245,6 +247,7 @@ class CifarResNetV2(nn.Module):
             if coarse
             else [
                 (r'^layer(\d+)\.blocks\.(\d+)', None),
+                (r'^layer(\d+)\.conv\.(\d+)', None),
                 (r'^layer(\d+)\.conv\.', (0,)),
                 (r'^norm', (99999,)),
             ],
@@ -432,14 +435,14 @@ def sharesnet164_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNetV2
 @register_model
 def resnet164_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNetV2:
     """Pre-activation ResNet-164 for CIFAR, 1.70 M parameters, unshared twin of sharesnet164_cifar (Table 1)."""
-    model_args = dict(block=PreActBottleneck, layers=(18, 18, 18), share_conv=False)
+    model_args = dict(block=PreActBottleneck, layers=(18, 18, 18), share_rate=0.0)
     return _create_resnetv2_cifar('resnet164_cifar', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet92_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNetV2:
     """Pre-activation ResNet-92 for CIFAR, 0.96 M parameters, unshared peer of sharesnet164_cifar in size (Table 3)."""
-    model_args = dict(block=PreActBottleneck, layers=(10, 10, 10), share_conv=False)
+    model_args = dict(block=PreActBottleneck, layers=(10, 10, 10), share_rate=0.0)
     return _create_resnetv2_cifar('resnet92_cifar', pretrained, **dict(model_args, **kwargs))
 
 
@@ -453,14 +456,14 @@ def shawrn40_4(pretrained: bool = False, **kwargs: Any) -> CifarResNetV2:
 @register_model
 def wrn40_4(pretrained: bool = False, **kwargs: Any) -> CifarResNetV2:
     """WRN-40-4, 8.95 M parameters, unshared twin of shawrn40_4 (Table 1)."""
-    model_args = dict(block=PreActWideBasic, layers=(6, 6, 6), widen_factor=4, share_conv=False)
+    model_args = dict(block=PreActWideBasic, layers=(6, 6, 6), widen_factor=4, share_rate=0.0)
     return _create_resnetv2_cifar('wrn40_4', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def wrn28_4(pretrained: bool = False, **kwargs: Any) -> CifarResNetV2:
     """WRN-28-4, 5.85 M parameters, unshared peer of shawrn40_4 in size (Table 3)."""
-    model_args = dict(block=PreActWideBasic, layers=(4, 4, 4), widen_factor=4, share_conv=False)
+    model_args = dict(block=PreActWideBasic, layers=(4, 4, 4), widen_factor=4, share_rate=0.0)
     return _create_resnetv2_cifar('wrn28_4', pretrained, **dict(model_args, **kwargs))
 
 
@@ -474,12 +477,12 @@ def shawrn28_10(pretrained: bool = False, **kwargs: Any) -> CifarResNetV2:
 @register_model
 def wrn28_10(pretrained: bool = False, **kwargs: Any) -> CifarResNetV2:
     """WRN-28-10 for CIFAR-100, 36.5 M parameters, unshared twin of shawrn28_10 (Table 1)."""
-    model_args = dict(block=PreActWideBasic, layers=(4, 4, 4), widen_factor=10, share_conv=False)
+    model_args = dict(block=PreActWideBasic, layers=(4, 4, 4), widen_factor=10, share_rate=0.0)
     return _create_resnetv2_cifar('wrn28_10', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def wrn22_10(pretrained: bool = False, **kwargs: Any) -> CifarResNetV2:
     """WRN-22-10 for CIFAR-100, 26.9 M parameters, unshared peer of shawrn28_10 in size (Table 3)."""
-    model_args = dict(block=PreActWideBasic, layers=(3, 3, 3), widen_factor=10, share_conv=False)
+    model_args = dict(block=PreActWideBasic, layers=(3, 3, 3), widen_factor=10, share_rate=0.0)
     return _create_resnetv2_cifar('wrn22_10', pretrained, **dict(model_args, **kwargs))

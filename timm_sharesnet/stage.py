@@ -22,7 +22,8 @@ the batch norms after the shared convolutions stay: `timm_sharesnet.fold` moves 
 the plain net to a tool that cannot handle a convolution used several times.
 """
 
-from typing import Any, Iterable, Iterator, Optional, Tuple, Union
+import itertools
+from typing import Any, Dict, Final, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.fx
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ['SharedStage', 'SharingBlock']
+__all__ = ['SharedStage', 'SharingBlock', 'split_runs', 'stage_rates']
 
 
 class SharingBlock(nn.Module):
@@ -51,6 +52,11 @@ class SharingBlock(nn.Module):
     """The block without sharing that it is made of, if it adds nothing to its layers."""
 
     folded = False
+
+    @staticmethod
+    def first_shared(stage: int) -> int:
+        """Index of the first block that can share, in the stage of this index: none before has a 3x3 with a stride."""
+        return 1
 
     def give_up_conv2(self) -> nn.Conv2d:
         """Remove the block's own 3x3 and return it. From then on the block needs that of its stage."""
@@ -143,33 +149,114 @@ def has_hooks(module: nn.Module) -> bool:
     return 'forward' in module.__dict__ or any(getattr(module, name) for name in names)
 
 
+Run = Sequence[int]
+Rate = Union[float, Sequence[Run]]
+"""How much of a stage is shared: 0 to 1, or its runs of blocks, by index."""
+
+
+ShareRate = Union[float, Sequence[Rate]]
+"""The same of all stages, or of each."""
+
+
+def split_runs(first: int, end: int, rate: Rate) -> List[Tuple[int, ...]]:
+    """Split the blocks first to end - 1 of a stage into runs, each of which uses one convolution.
+
+    Of the m blocks that can share, `m - round(rate * (m - 1))` distinct convolutions remain. The runs are consecutive
+    and as equal as possible, the longer ones last. At rate 1 there is one run, which is the paper.
+
+        >>> split_runs(1, 7, 0.5)
+        [(1,), (2,), (3, 4), (5, 6)]
+
+    Args:
+        first: Index of the first block that can share.
+        end: Number of blocks.
+        rate: From 0, where no two blocks share, to 1, or the runs, which are then checked only.
+
+    Raises:
+        ValueError: If the rate is not from 0 to 1, or a run has a block that cannot share, or that is in two.
+    """
+    if not isinstance(rate, (int, float)):
+        runs = [tuple(run) if isinstance(run, (list, tuple)) else () for run in rate]
+        indices = [i for run in runs for i in run]
+        if not all(runs) or len(set(indices)) < len(indices) or not set(indices) <= set(range(first, end)):
+            raise ValueError(f'share_rate: runs must be lists of blocks from {first} to {end - 1}, got {rate}.')
+        return sorted([*runs, *((i,) for i in range(first, end) if i not in indices)])
+    if not 0 <= rate <= 1:
+        raise ValueError(f'share_rate must be from 0 to 1, or the runs of blocks that share, got {rate}.')
+    m = end - first
+    if not m:
+        return []
+    number = m - round(rate * (m - 1))
+    length, longer = divmod(m, number)
+    starts = [first]
+    for i in range(number):
+        starts.append(starts[-1] + length + (i >= number - longer))
+    return [tuple(range(*pair)) for pair in itertools.pairwise(starts)]
+
+
+def stage_rates(share_rate: ShareRate, stages: int) -> List[Rate]:
+    """The rate of each stage, given one for all or one for each.
+
+    Raises:
+        ValueError: If there are more or fewer than stages.
+    """
+    if isinstance(share_rate, (int, float)):
+        return [share_rate] * stages
+    if len(share_rate) != stages:
+        raise ValueError(f'share_rate must be one number, or one for each of the {stages} stages, got {share_rate}.')
+    return list(share_rate)
+
+
 class SharedStage(nn.Module):
     """A stage: `conv`, the 3x3 convolution shared by its blocks, and `blocks`.
+
+    Where the blocks share several convolutions, `conv` has them by the index of the first block that uses each
+    (`conv['4']`), and a block that shares with no other keeps its own.
 
     The module is no `nn.Sequential`: its blocks cannot be called without the convolution. Gradient checkpointing, block
     by block, is therefore done here, as in timm's ResNetV2 (`stage.grad_checkpointing`). As in a `Sequential`,
     `stage[-1]`, `len(stage)` and `for block in stage` are about its blocks.
     """
 
-    def __init__(self, blocks: Iterable[SharingBlock], first_shared: Optional[int] = 0) -> None:
+    several: Final[bool]  # a constant, so that TorchScript compiles one of two branches
+
+    def __init__(self, blocks: Iterable[SharingBlock], first_shared: int = 0, rate: Rate = 1.0) -> None:
         """
         Args:
-            blocks: The stage's blocks in order, each with a `conv2` of its own. Those from `first_shared` on give it
-                up, and the first of these becomes the stage's `conv`.
-            first_shared: Index of the first block that uses the shared convolution (a block whose 3x3 has a stride of
-                its own cannot). `None` shares nothing: the stage of a plain ResNet.
+            blocks: The stage's blocks in order, each with a `conv2` of its own. Those of a run give it up, and the
+                first of these becomes the stage's.
+            first_shared: Index of the first block that can share (a block whose 3x3 has a stride of its own cannot).
+            rate: See `split_runs`. 0 gives the stage of a plain ResNet.
 
         Raises:
             ValueError: If the convolutions to be shared differ in channels, stride, dilation or groups.
         """
         super().__init__()
         blocks = list(blocks)
-        convs = [] if first_shared is None else [block.give_up_conv2() for block in blocks[first_shared:]]
-        if len(set(map(str, convs))) > 1:  # TorchScript cannot parse a set comprehension
-            raise ValueError(f'The 3x3 convolutions of these blocks differ and cannot be shared: {convs}.')
-        self.conv = convs[0] if convs else None
+        runs = split_runs(first_shared, len(blocks), rate)
+        if len(runs) == 1 and rate != 0:
+            self.conv = _share([blocks[i] for i in runs[0]])
+        else:
+            convs = {str(run[0]): _share([blocks[i] for i in run]) for run in runs if len(run) > 1}
+            self.conv = nn.ModuleDict(convs) if convs else None
+        self.several = isinstance(self.conv, nn.ModuleDict)
+        self.keys = [next((str(run[0]) for run in runs if i in run), '') for i in range(len(blocks))]
         self.blocks = nn.ModuleList(blocks)
         self.grad_checkpointing = False
+
+    @torch.jit.unused
+    def conv_name(self, index: int) -> str:
+        """Where the convolution is that a block uses: 'conv', 'conv.4' or 'blocks.0.conv2'."""
+        if self.blocks[index].conv2 is not None:
+            return f'blocks.{index}.conv2'
+        return f'conv.{self.keys[index]}' if self.several else 'conv'
+
+    @torch.jit.unused
+    def conv_of(self, index: int) -> Optional[nn.Module]:
+        """The stage's convolution that a block uses, None if it has its own."""
+        if self.blocks[index].conv2 is not None:
+            return None
+        return self.conv[self.keys[index]] if self.several else self.conv
 
     def __getitem__(self, index: Union[int, slice]) -> nn.Module:
         return self.blocks[index]
@@ -182,16 +269,25 @@ class SharedStage(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the blocks in order: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
-        for block in self.blocks:
-            if torch.jit.is_scripting():
-                if self.conv is not None:
-                    x = block(x, self.conv.weight)
-                else:
-                    x = block(x)
-            elif self.grad_checkpointing:
-                x = checkpoint(block, x, self.conv, use_reentrant=False)
+        if torch.jit.is_scripting():
+            if self.several:
+                weights: Dict[str, torch.Tensor] = {}
+                for key, conv in self.conv.items():
+                    weights[key] = conv.weight
+                for i, block in enumerate(self.blocks):
+                    x = block(x, weights.get(self.keys[i]))
             else:
-                x = block(x, self.conv)
+                for block in self.blocks:
+                    if self.conv is not None:
+                        x = block(x, self.conv.weight)
+                    else:
+                        x = block(x)
+        else:
+            for i, block in enumerate(self.blocks):
+                if self.grad_checkpointing:
+                    x = checkpoint(block, x, self.conv_of(i), use_reentrant=False)
+                else:
+                    x = block(x, self.conv_of(i))
         return x
 
     @torch.jit.unused
@@ -208,12 +304,20 @@ class SharedStage(nn.Module):
         Raises:
             RuntimeError: If the weight alone would not compute what the module does.
         """
-        if self.conv is not None:
-            args = {block.conv2_args for block in self.blocks if block.conv2 is None}
-            if not is_plain(self.conv) or args != {conv_args(self.conv)}:
+        for i, block in enumerate(self.blocks):
+            conv = self.conv_of(i)
+            if conv is not None and not (is_plain(conv) and block.conv2_args == conv_args(conv)):
                 raise RuntimeError(
-                    f"TorchScript gets of a stage's shared convolution only the weight, and {self.conv} is not the "
+                    f"TorchScript gets of a stage's shared convolution only the weight, and {conv} is not the "
                     f'convolution without bias, hooks and parametrization that the stage was built with. Merge what '
                     f'was added to it, or script timm_sharesnet.unshare(model).'
                 )
         return self
+
+
+def _share(blocks: Sequence[SharingBlock]) -> nn.Conv2d:
+    """Take the 3x3 of blocks from them and return the first one."""
+    convs = [block.give_up_conv2() for block in blocks]
+    if len(set(map(str, convs))) > 1:
+        raise ValueError(f'The 3x3 convolutions of these blocks differ and cannot be shared: {convs}.')
+    return convs[0]

@@ -339,7 +339,8 @@ def _tree(model: Any) -> _Node:
         if part == 'drop':
             return _Node(f'{name}.drop', 'nn.Dropout')
         if part == 'conv2' and model.get_submodule(name).conv2 is None:
-            return leaf(f'{stage}.conv', user=name)
+            index = int(name.rpartition('.')[2])
+            return leaf(f'{stage}.{model.get_submodule(stage).conv_name(index)}', user=name)
         return leaf(f'{name}.{part}')
 
     def block_node(name: str, block: SharingBlock, stage: str) -> _Node:
