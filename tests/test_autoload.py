@@ -7,6 +7,7 @@ import sys
 import pytest
 
 SWITCHES = ('TIMM_SHARESNET_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD')
+slow = pytest.mark.slow  # a process each
 CREATE = "print(type(timm.create_model('sharesnet50', device='meta')).__name__)"
 
 
@@ -23,8 +24,8 @@ def run(code, *options, **env):
     [
         'import timm',
         'import timm_sharesnet, timm',
-        'import timm, timm_sharesnet',
-        'from timm_sharesnet import SharedStage; import timm',
+        pytest.param('import timm, timm_sharesnet', marks=slow),
+        pytest.param('from timm_sharesnet import SharedStage; import timm', marks=slow),
         'from timm_sharesnet import CifarResNetV2, ShaResNet; import timm',
         'import timm_sharesnet._pretrained, timm_sharesnet.preflight, timm',
     ],
@@ -59,9 +60,14 @@ print(sorted(m for m in set(sys.modules) - before if m.split('.')[0] not in sys.
     assert run(code)[0] == "['timm_sharesnet', 'timm_sharesnet._autoload']"
 
 
-@pytest.mark.parametrize('options', [(), ('-W', 'error')])
+@pytest.mark.parametrize('options', [pytest.param((), marks=slow), ('-W', 'error')])
 @pytest.mark.parametrize(
-    'imports', ['import timm', 'import timm, timm_sharesnet', 'import torch, timm_sharesnet, timm']
+    'imports',
+    [
+        pytest.param('import timm', marks=slow),
+        'import timm, timm_sharesnet',
+        pytest.param('import torch, timm_sharesnet, timm', marks=slow),
+    ],
 )
 def test_broken_plugin_leaves_timm_working_and_warns(imports, options):
     code = f"import sys; sys.modules['timm_sharesnet.resnet'] = None; {imports}; print(timm.is_model('resnet50'))"
@@ -127,11 +133,14 @@ class Instrumentation:  # of jaxtyping and typeguard
     'code',
     [
         'import timm_sharesnet\n' + FORGET.format('timm_sharesnet') + 'import timm_sharesnet',
-        'import importlib, timm_sharesnet\n'
-        'importlib.reload(timm_sharesnet._autoload); importlib.reload(timm_sharesnet)',
-        'import timm\n' + FORGET.format('timm'),
+        pytest.param(
+            'import importlib, timm_sharesnet\n'
+            'importlib.reload(timm_sharesnet._autoload); importlib.reload(timm_sharesnet)',
+            marks=slow,
+        ),
+        pytest.param('import timm\n' + FORGET.format('timm'), marks=slow),
         'import timm, timm_sharesnet.fold\n' + FORGET.format('timm') + 'import timm\n' + FORGET.format('timm'),
-        f'{OTHER_PLUGIN}\nsys.meta_path.insert(0, Other())',
+        pytest.param(f'{OTHER_PLUGIN}\nsys.meta_path.insert(0, Other())', marks=slow),
         f'{OTHER_PLUGIN}\nsys.meta_path.append(Other())',
         f'{INSTRUMENTATION.format(["timm"])}\nsys.meta_path.insert(0, Instrumentation())',
         f'{INSTRUMENTATION.format(["timm", "apex", "torchvision"])}\nsys.meta_path.insert(0, Instrumentation())\n'
