@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn as nn
 from additions import add
-from models import SHALLOW, SMALL, TWINS, VARIANTS, create, error, images, small, unshared
+from models import SHALLOW, SMALL, TWINS, VARIANTS, create, error, images, small, twin_args, unshared
 from timm.models import save_for_hf
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -70,7 +70,7 @@ def test_plain_net_has_the_twin_s_names_and_tensors_in_its_order(kind: str) -> N
 def test_plain_net_loads_strictly_into_the_twin(kind: str) -> None:
     model = small(kind)
     name, kwargs = model.made_by
-    twin = timm.create_model(TWINS[name], **kwargs).eval()
+    twin = timm.create_model(TWINS[name], **twin_args(kwargs)).eval()
     twin.load_state_dict(unshare(model).state_dict(), strict=True)
     assert torch.equal(twin(images(model)), unshare(model)(images(model)))
 
@@ -242,7 +242,7 @@ def test_what_the_nets_can_vary_is_unshared(name: str, kwargs: Dict[str, Any]) -
     }
     model = create(name, **kwargs).double()
     plain = unshare(model)
-    assert plain.state_dict().keys() == timm.create_model(TWINS[name], **kwargs).state_dict().keys()
+    assert plain.state_dict().keys() == timm.create_model(TWINS[name], **twin_args(kwargs)).state_dict().keys()
     assert_equal_outputs(plain, model, torch.randn(2, kwargs.get('in_chans', 3), 64, 64, dtype=torch.double))
 
 

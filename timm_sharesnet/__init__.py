@@ -25,6 +25,7 @@ __all__ = [
     'SharingBlock',
     'fold',
     'load_torch7',
+    'share',
     'unshare',
 ]
 
@@ -39,6 +40,7 @@ _MODULES = {
     'SharingBlock': 'stage',
     'fold': 'fold',
     'load_torch7': 'torch7',
+    'share': 'share',
     'unshare': 'share',
 }
 

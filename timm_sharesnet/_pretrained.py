@@ -138,6 +138,8 @@ def _no_weights(variant: str, tag: str) -> str:
             f"the author's Torch7 file is linked on {_AUTHOR}: model.load_state_dict(timm_sharesnet.load_torch7(FILE, "
             f"'{variant}')) (pip install 'timm-sharesnet[torch7]')"
         )
+    if variant.startswith('sha'):
+        ways.append('a trained plain ResNet makes a warm start: python -m timm_sharesnet.share')
     ways += [
         f"timm's train.py trains them: train_configs/ of the repository{_repository()}",
         "a file of yours: pretrained_cfg_overlay=dict(file='model.safetensors'), with num_classes if it has others",

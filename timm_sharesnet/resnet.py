@@ -11,16 +11,17 @@ What is shared follows the author's code:
 The unshared twins are timm's `resnet34`, `resnet50`, `resnet101`, `resnet152`.
 """
 
+from functools import partial
 from typing import Any, Dict, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ._pretrained import create, with_sources
-from .stage import SharedStage, SharingBlock
+from ._pretrained import create, unknown_model, with_sources
+from .stage import SharedStage, ShareRate, SharingBlock, stage_rates
 
 __all__ = ['ShaBasicBlock', 'ShaBottleneck', 'ShaResNet']  # register_model adds each entrypoint fn to this
 
@@ -31,6 +32,11 @@ class ShaBasicBlock(BasicBlock, SharingBlock):
     branch = ('conv1', 'bn1', 'drop_block', 'act1', 'aa', 'conv2', 'bn2', 'se', 'drop_path')
     after = ('act2',)
     plain = BasicBlock
+
+    @staticmethod
+    def first_shared(stage: int) -> int:
+        """0: the stride is on the first 3x3."""
+        return 0
 
     def forward(self, x: torch.Tensor, conv: Optional[torch.Tensor] = None) -> torch.Tensor:
         """timm's forward with `conv2` replaced by `forward_conv2`, see there for `conv`."""
@@ -66,6 +72,11 @@ class ShaBottleneck(Bottleneck, SharingBlock):
     after = ('act3',)
     plain = Bottleneck
 
+    @staticmethod
+    def first_shared(stage: int) -> int:
+        """1, as the first block's 3x3 has the stage's stride, but for stage 1, which has none."""
+        return int(stage > 0)
+
     def forward(self, x: torch.Tensor, conv: Optional[torch.Tensor] = None) -> torch.Tensor:
         """timm's forward with `conv2` replaced by `forward_conv2`, see there for `conv`."""
         shortcut = x
@@ -100,24 +111,31 @@ class ShaBottleneck(Bottleneck, SharingBlock):
 class ShaResNet(ResNet):
     """timm's ResNet whose stages share their stride-1 3x3 convolutions.
 
-    Takes the arguments of `timm.models.ResNet`; `block` is `ShaBasicBlock` or `ShaBottleneck`. Parameter names are
-    timm's, but that a stage owns `conv` and `blocks`: `layer3.conv.weight`, `layer3.blocks.4.bn1.weight`.
+    Takes the arguments of `timm.models.ResNet`; `block` is `ShaBasicBlock` or `ShaBottleneck`. `share_rate` is how much
+    the blocks of a stage share, for all stages or for each: 1 is the paper, 0 the unshared twin, see
+    `timm_sharesnet.stage.split_runs`. Parameter names are timm's, but that a stage owns `conv` and `blocks`:
+    `layer3.conv.weight`, `layer3.blocks.4.bn1.weight`.
 
     Each block's last batch norm starts at zero (timm's default, `zero_init_last`); the author starts it at one.
     """
 
     def __init__(
-        self, block: Type[Union[ShaBasicBlock, ShaBottleneck]], layers: Tuple[int, ...], *args: Any, **kwargs: Any
+        self,
+        block: Type[Union[ShaBasicBlock, ShaBottleneck]],
+        layers: Tuple[int, ...],
+        *args: Any,
+        share_rate: ShareRate = 1.0,
+        **kwargs: Any,
     ) -> None:
         if not (isinstance(block, type) and issubclass(block, (ShaBasicBlock, ShaBottleneck))):
             raise TypeError(f'block must be ShaBasicBlock or ShaBottleneck, got {block}.')
         if len(layers) != 4 or min(layers) < 1:
             raise ValueError(f'layers must be four positive numbers of blocks, got {layers}.')
+        rates = stage_rates(share_rate, len(layers))
         super().__init__(block, layers, *args, **kwargs)
         for i, name in enumerate(self._stage_names()):
             # Nominal stride, not the one left by output_stride: a dilated net has the parameters of the strided one.
-            strided_conv2 = i > 0 and issubclass(block, ShaBottleneck)
-            setattr(self, name, SharedStage(getattr(self, name), first_shared=1 if strided_conv2 else 0))
+            setattr(self, name, SharedStage(getattr(self, name), block.first_shared(i), rates[i]))
 
     def _stage_names(self):
         return [info['module'] for info in self.feature_info[1:]]
@@ -142,6 +160,7 @@ class ShaResNet(ResNet):
             if coarse
             else [
                 (r'^layer(\d+)\.blocks\.(\d+)', None),
+                (r'^layer(\d+)\.conv\.(\d+)', None),
                 (r'^layer(\d+)\.conv\.', (0,)),
             ],
         )
@@ -195,9 +214,35 @@ default_cfgs = generate_default_cfgs(
             'sharesnet152.torch7_in1k': _cfg(),
             'sharesnet152.a2_in1k': _cfg(crop_pct=0.95),
             'sharesnet152.a3_in1k': _cfg(crop_pct=0.95),
+            'sharesnet.untrained': _cfg(),  # of any base, whose cfg it takes
         }
     )
 )
+
+
+def _base_cfg(base: str) -> Dict[str, Any]:
+    """The default cfg of a model, without its weights."""
+    cfg = get_pretrained_cfg(base)
+    if cfg is None:
+        raise ValueError(f'sharesnet: {unknown_model(base) or "it has no cfg: " + base}')
+    cfg = cfg.to_dict(remove_source=True)
+    return {**cfg, 'architecture': 'sharesnet', 'tag': 'untrained'}
+
+
+@register_model
+def sharesnet(
+    pretrained: bool = False, base: str = 'resnet50', share_rate: ShareRate = 1.0, **kwargs: Any
+) -> torch.nn.Module:
+    """Any of timm's ResNets of basic or bottleneck blocks (`base`, such as 'seresnet50d'), with shared convolutions."""
+    from . import resnetv2
+    from .share import create_shared
+
+    if base.partition('.')[0] in resnetv2.default_cfgs:
+        kwargs.setdefault('feature_cfg', dict(out_indices=(0, 1, 2, 3)))
+    cfg = kwargs.pop('pretrained_cfg', None)
+    if not cfg or isinstance(cfg, str):
+        cfg = _base_cfg(base)
+    return create(partial(create_shared, base, share_rate), 'sharesnet', pretrained, pretrained_cfg=cfg, **kwargs)
 
 
 @register_model

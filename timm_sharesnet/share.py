@@ -1,17 +1,431 @@
-"""From a shared net to the plain one."""
+"""Sharing as an operation: from a plain net to one that shares, with or without its weights, and back.
 
+    python -m timm_sharesnet.share MODEL --rate R --output DIR [--checkpoint FILE] [--calibration-dir DIR]
+
+makes of a trained plain ResNet a warm start for a shared one (`share`). MODEL is a name that timm knows (with its
+pretrained weights), such a name with `--checkpoint FILE` (of timm's train.py, averaged weights if it has them),
+`local-dir:DIR` or `hf-hub:ORG/NAME`. Batch norm statistics are estimated anew on images of the calibration folder.
+Written is DIR with model.safetensors and config.json, which timm loads (`local-dir:DIR`), and train.py
+(`--initial-checkpoint DIR/model.safetensors` beside the `--model` and `--model-kwargs` that are printed); nothing if
+anything is wrong. Exit code 0, or 2 and one line that says what is.
+
+All but the 3x3 that are shared is copied; of the kernels of a run of blocks one is made. Kernels of different blocks
+have no order of channels in common, so by default each block's inner channels are first permuted, which leaves its
+function as it is, to bring its kernel near to the others'.
+"""
+
+import argparse
+import ast
 import copy
+import itertools
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+import torch
 import torch.nn as nn
-from timm.models import is_model
+from timm.models import create_model, is_model, save_for_hf
 from timm.models.resnet import ResNet
 
+from ._pretrained import drop_repeated_args
 from .resnet import ShaResNet
-from .stage import SharedStage, SharingBlock
+from .resnetv2 import CifarResNetV2
+from .stage import SharedStage, ShareRate, SharingBlock, is_plain, split_runs, stage_rates
 
-__all__ = ['unshare']
+__all__ = ['share', 'unshare']
 
+INITS = 'align', 'mean', 'first', 'random'
 _SOURCES = 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'state_dict', 'url'
+_ROUNDS, _STARTS = 3, 3
+_GAIN = 1e-3  # relative, below which an alignment is done
+_SMALLEST = 0.1  # RMS of a channel / mean of all, below which it is not brought to 1: it is off, and would come on
+
+
+class Merge(NamedTuple):
+    """What became of a run of blocks.
+
+    Args:
+        stage: Name of the stage.
+        blocks: Indices of the blocks of the run.
+        saved: Parameters that it has less.
+        before: Mean cosine of two kernels of the run.
+        after: The same after alignment.
+    """
+
+    stage: str
+    blocks: Tuple[int, ...]
+    saved: int
+    before: float
+    after: float
+
+
+class Report(NamedTuple):
+    """What `share` did, a line a run."""
+
+    merges: Tuple[Merge, ...]
+    notes: Tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f'{m.stage} blocks {m.blocks[0]} to {m.blocks[-1]}: {len(m.blocks)} kernels to 1, {m.saved:,} parameters '
+            f'saved, cosine of two kernels {m.before:.2f}, aligned {m.after:.2f}'
+            for m in self.merges
+        ]
+        total = sum(m.saved for m in self.merges)
+        return '\n'.join([*lines, *self.notes, f'{total:,} parameters saved'])
+
+
+def share(
+    model: nn.Module,
+    rate: ShareRate = 1.0,
+    init: str = 'align',
+    images: Optional[Iterable[Any]] = None,
+) -> nn.Module:
+    """Make a shared net of a plain one: a warm start for training, not a net to use as it is.
+
+        >>> import timm, timm_sharesnet
+        >>> plain = timm.create_model('resnet50')
+        >>> shared = timm_sharesnet.share(plain, rate=0.5)
+        >>> print(shared.share_report.merges[0].blocks, sum(p.numel() for p in shared.parameters()))
+        (1, 2) 24193064
+
+    Everything but the 3x3 that are shared is copied. At rate 0 the result computes what the model does.
+
+    Args:
+        model: timm's ResNet of BasicBlock or Bottleneck (any depth, width, stem, attention, classes and channels), or
+            an unshared net of this package. It is not changed.
+        rate: How much a stage shares, for all stages or for each: see `split_runs`. 1 is the paper.
+        init: The kernel that the blocks of a run share, in units in which each input has an RMS of 1 and each output a
+            variance of 1: 'align' is the mean after the blocks' inner channels were permuted to bring the kernels near
+            to each other, 'mean' the mean without, 'first' the first block's, 'random' a new one.
+        images: Batches of unlabelled images, preprocessed, of shape (B, C, H, W), or tuples that begin with one. A few
+            thousand images, from which the statistics of all batch norms are estimated anew; without them any merged
+            net is at chance until it is trained.
+
+    Returns:
+        A net of this package in the model's mode, of a registered model: saved, it loads by name. Its `share_report`
+        says and prints what was merged.
+
+    Raises:
+        TypeError: If the model is no such net.
+        ValueError: If its blocks cannot share, or an argument is not as above.
+    """
+    if init not in INITS:
+        raise ValueError(f'init must be one of {", ".join(INITS)}, got {init!r}.')
+    blocks = {name: list(stage) for name, stage in _plain_stages(model).items()}
+    shared = copy.deepcopy(model)
+    runs = _share_stages(shared, rate)
+    merges: List[Merge] = []
+    notes: List[str] = []
+    with torch.no_grad():
+        for name, stage_runs in runs.items():
+            stage = shared.get_submodule(name)
+            for run in stage_runs:
+                kernels = [blocks[name][i].conv2 for i in run]
+                merges.append(_merge(stage, name, run, kernels, init, notes))
+        if images is not None:
+            _estimate_statistics(shared, images)
+    _name_shared(shared, rate)
+    shared.share_report = Report(tuple(merges), tuple(dict.fromkeys(notes)))
+    return shared
+
+
+def _name_shared(model: nn.Module, rate: ShareRate) -> None:
+    """Let a model's config tell by what registered model, with which arguments, it is built again."""
+    cfg = model.pretrained_cfg
+    base = cfg['architecture']
+    name, args = (f'sha{base}', {}) if is_model(f'sha{base}') else ('sharesnet', {'base': base})
+    cfg.update(architecture=name)
+    for key in (*_SOURCES, 'tag'):
+        cfg.pop(key, None)
+    model._model_args = {**getattr(model, '_model_args', {}), **args, 'share_rate': rate}  # timm's, for save_for_hf
+
+
+def _plain_stages(model: nn.Module) -> Dict[str, nn.Module]:
+    """The stages of a net that can be shared, by name.
+
+    Raises:
+        TypeError: If it is none.
+        ValueError: If it is shared or folded already, or a 3x3 is no plain convolution.
+    """
+    if type(model) not in (ResNet, ShaResNet, CifarResNetV2):
+        raise TypeError(
+            f'{type(model).__name__} cannot be shared: it takes a timm.models.ResNet (resnet18 to resnet152, their '
+            f'wide, -d, -t, SE, ECA and ResNeXt variants), or an unshared net of timm_sharesnet.'
+        )
+    stages = {info['module']: model.get_submodule(info['module']) for info in model.feature_info[1:]}
+    for name, stage in stages.items():
+        if isinstance(stage, SharedStage) and (stage.conv is not None or any(block.folded for block in stage)):
+            raise ValueError(f'{name} is shared or folded already: share the net that it was made of, or unshare it.')
+        for i, block in enumerate(stage):
+            if not isinstance(block, SharingBlock) and type(block) not in _SHARING:
+                raise TypeError(f'{name}.{i} is a {type(block).__name__}, only BasicBlock and Bottleneck can share.')
+            if not is_plain(block.conv2):
+                raise ValueError(
+                    f'{name}.{i}.conv2 is no plain convolution, or has a hook or a parametrization: {block.conv2}'
+                )
+    return stages
+
+
+_SHARING = {kind.plain: kind for kind in SharingBlock.__subclasses__() if kind.plain}
+
+
+def _share_stages(model: nn.Module, rate: ShareRate) -> Dict[str, List[Tuple[int, ...]]]:
+    """Turn the stages of a plain net into shared ones, in place. Returns the runs that share, by stage."""
+    stages = _plain_stages(model)
+    rates = stage_rates(rate, len(stages))
+    runs = {}
+    for i, (name, stage) in enumerate(stages.items()):
+        blocks = list(stage)
+        for block in blocks:
+            block.__class__ = _SHARING.get(type(block), type(block))  # they add no attribute to timm's
+        first = blocks[0].first_shared(i)
+        runs[name] = [run for run in split_runs(first, len(blocks), rates[i]) if len(run) > 1]
+        shared = SharedStage(blocks, first, rates[i])
+        for m in shared.modules():
+            if m not in blocks and not any(m in block.modules() for block in blocks):
+                m.training = stage.training
+        shared.grad_checkpointing = getattr(model, 'grad_checkpointing', getattr(stage, 'grad_checkpointing', False))
+        setattr(model, name, shared)
+    if type(model) is ResNet:
+        model.grad_checkpointing = False  # the stages do it
+        model.__class__ = ShaResNet
+    return runs
+
+
+def create_shared(base: str, rate: ShareRate, **kwargs: Any) -> nn.Module:
+    """Build a net that timm or this package has unshared, with its convolutions shared."""
+    model = create_model(base, **kwargs)
+    _share_stages(model, rate)
+    return model
+
+
+# ---- The kernel of a run
+
+
+def _merge(
+    stage: SharedStage,
+    name: str,
+    run: Sequence[int],
+    convs: Sequence[nn.Conv2d],
+    init: str,
+    notes: List[str],
+) -> Merge:
+    """Set the convolution that the blocks of a run share, given those that they had. The blocks are adapted to it."""
+    blocks = [stage[i] for i in run]
+    kernels = [_normalize(block, _double(conv.weight)) for block, conv in zip(blocks, convs, strict=True)]
+    before = after = _mean_cosine(kernels)
+    if init == 'align' and convs[0].groups == 1:
+        outputs = 'conv3' in blocks[0].branch  # else they are added to the stream, whose channels have their order
+        for i, (ins, outs) in enumerate(_align(kernels, outputs)):
+            kernels[i] = kernels[i][outs][:, ins]
+            _permute(blocks[i], ins, outs)
+        after = _mean_cosine(kernels)
+    elif init == 'align':
+        notes.append(f'{name}: grouped convolutions are not aligned, their mean was taken')
+    norms = [kernel.norm() for kernel in kernels]
+    if init == 'first':
+        kernel = kernels[0]
+    elif init == 'random':
+        kernel = torch.randn_like(kernels[0]) / math.sqrt(kernels[0][0].numel())
+    else:
+        kernel = sum(kernels) / len(kernels)  # type: ignore[assignment]
+        kernel = kernel * (sum(norms) / len(norms) / kernel.norm())
+    for block, norm in zip(blocks, norms, strict=True):
+        if _norm_after(block) is None:  # its scale would be lost
+            _scale_input(block, (norm / kernel.norm()).expand(kernel.shape[1]))
+    conv = stage.conv_of(run[0])
+    conv.weight.copy_(kernel)
+    saved = (len(run) - 1) * conv.weight.numel()
+    return Merge(name, tuple(run), saved, before, after)
+
+
+def _layers(block: SharingBlock) -> Tuple[List[str], List[str]]:
+    """Names of the layers between the block's first convolution and its 3x3, and after the 3x3."""
+    names = [name for name in block.branch if name == 'conv2' or getattr(block, name) is not None]
+    i = names.index('conv2')
+    return names[names.index('conv1') + 1 : i], names[i + 1 :]
+
+
+def _norm_before(block: SharingBlock) -> Optional[nn.BatchNorm2d]:
+    """The batch norm that scales the inputs of the 3x3, if what lies between passes a scale on."""
+    layers = [getattr(block, name) for name in _layers(block)[0]]
+    norms = [layer for layer in layers if type(layer) is nn.BatchNorm2d and layer.affine]
+    acts = [layer for layer in layers if isinstance(layer, (nn.ReLU, nn.LeakyReLU))]
+    return norms[0] if len(norms) == 1 and len(acts) == 1 else None
+
+
+def _norm_after(block: SharingBlock) -> Optional[nn.BatchNorm2d]:
+    names = _layers(block)[1]
+    norm = getattr(block, names[0]) if names else None
+    return norm if type(norm) is nn.BatchNorm2d and norm.track_running_stats else None
+
+
+def _scale_input(block: SharingBlock, scale: torch.Tensor) -> None:
+    """Multiply the inputs of the 3x3, one factor a channel, where a batch norm can do it."""
+    norm = _norm_before(block)
+    if norm is not None:
+        norm.weight.mul_(scale.to(norm.weight))
+        norm.bias.mul_(scale.to(norm.bias))
+
+
+def _normalize(block: SharingBlock, kernel: torch.Tensor) -> torch.Tensor:
+    """The kernel in units in which its inputs have an RMS of 1 and its outputs a variance of 1. The block computes the
+    same with it: its batch norms are adapted."""
+    norm = _norm_before(block)
+    if norm is not None and kernel.shape[1] == norm.num_features:
+        rms = _rms_after_relu(_double(norm.weight), _double(norm.bias))
+        rms = rms.clamp(min=_SMALLEST * rms.mean().item())
+        kernel = kernel * rms[None, :, None, None]
+        _scale_input(block, 1 / rms)
+    norm = _norm_after(block)
+    if norm is not None:
+        std = (_double(norm.running_var) + norm.eps).sqrt()
+        kernel = kernel / std[:, None, None, None]
+        norm.running_mean.div_(std.to(norm.running_mean))
+        norm.running_var.fill_(1 - norm.eps)
+    return kernel
+
+
+def _rms_after_relu(scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """RMS of relu(z) for z normally distributed with the mean and standard deviation that batch norm gives."""
+    scale = scale.abs().clamp(min=1e-12)
+    ratio = shift / scale
+    density = torch.exp(-0.5 * ratio**2) / math.sqrt(2 * math.pi)
+    moment = (shift**2 + scale**2) * torch.special.ndtr(ratio) + shift * scale * density
+    return moment.clamp(min=0).sqrt()
+
+
+def _permute(block: SharingBlock, ins: torch.Tensor, outs: torch.Tensor) -> None:
+    """Reorder the channels into and out of the block's 3x3. What the block computes stays the same."""
+    before, after = _layers(block)
+    _reorder(block.conv1, ins)
+    for name in before:
+        _reorder(getattr(block, name), ins)
+    if 'conv3' in after:
+        for name in after[: after.index('conv3')]:
+            _reorder(getattr(block, name), outs)
+        block.conv3.weight.copy_(block.conv3.weight[:, outs])
+
+
+def _reorder(layer: nn.Module, order: torch.Tensor) -> None:
+    """Reorder the outputs of a layer: what it has one of for each channel."""
+    for tensor in itertools.chain(layer.parameters(), layer.buffers()):
+        if tensor.ndim and len(tensor) == len(order):
+            tensor.copy_(tensor[order])
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().double()
+
+
+def _mean_cosine(kernels: Sequence[torch.Tensor]) -> float:
+    units = torch.stack([kernel.flatten() / kernel.norm() for kernel in kernels])
+    n = len(kernels)
+    return ((units @ units.T).sum().item() - n) / (n * (n - 1))
+
+
+# ---- Alignment
+
+
+def _align(kernels: Sequence[torch.Tensor], outputs: bool) -> List[Tuple[torch.Tensor, torch.Tensor]]:
+    """Orders of the inputs and outputs of each kernel that bring it near to the mean of the others."""
+    generator = torch.Generator().manual_seed(0)
+    identity = torch.arange(kernels[0].shape[1]), torch.arange(kernels[0].shape[0])
+    orders = [identity]
+    for k, kernel in enumerate(kernels[1:], start=1):
+        target = sum(_ordered(kernels[i], orders[i]) for i in range(k))
+        orders.append(_match(target, kernel, outputs, _starts(target, kernel, outputs, generator)))
+    for _ in range(_ROUNDS):
+        total = sum(_ordered(kernel, order) for kernel, order in zip(kernels, orders, strict=True))
+        for k, kernel in enumerate(kernels):
+            total = total - _ordered(kernel, orders[k])
+            orders[k] = _match(total, kernel, outputs, [orders[k]])
+            total = total + _ordered(kernel, orders[k])
+    return orders
+
+
+def _ordered(kernel: torch.Tensor, order: Tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    ins, outs = order
+    return kernel[outs][:, ins]
+
+
+def _starts(
+    target: torch.Tensor, kernel: torch.Tensor, outputs: bool, generator: torch.Generator
+) -> List[Tuple[torch.Tensor, torch.Tensor]]:
+    """Where to start: an order by what does not depend on the other side's (sorted values), and random ones."""
+    o, i = kernel.shape[:2]
+    if not outputs:
+        return [(torch.arange(i), torch.arange(o))]
+    signatures = [k.flatten(2).permute(0, 2, 1).sort(dim=2).values.flatten(1) for k in (target, kernel)]
+    outs = _assign(-torch.cdist(signatures[0] / signatures[0].norm(), signatures[1] / signatures[1].norm()))
+    random = [torch.randperm(o, generator=generator) for _ in range(_STARTS - 1)]
+    return [(_best_inputs(target, kernel[order]), order) for order in (outs, *random)]
+
+
+def _match(
+    target: torch.Tensor, kernel: torch.Tensor, outputs: bool, starts: Sequence[Tuple[torch.Tensor, torch.Tensor]]
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The orders of inputs and outputs with the largest product of kernel and target, one side after the other."""
+    best, best_score = starts[0], 0.0  # an order with a positive product there always is
+    for ins, outs in starts:
+        score = 0.0
+        while True:
+            ins = _best_inputs(target, kernel[outs])
+            if outputs:
+                outs = _assign(target.flatten(1) @ kernel[:, ins].flatten(1).T)
+            new = (target * _ordered(kernel, (ins, outs))).sum().item()
+            if new <= score * (1 + _GAIN):
+                break
+            score = new
+        if score > best_score:
+            best, best_score = (ins, outs), score
+    return best
+
+
+def _best_inputs(target: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    return _assign(target.transpose(0, 1).flatten(1) @ kernel.transpose(0, 1).flatten(1).T)
+
+
+def _assign(gain: torch.Tensor) -> torch.Tensor:
+    """Which column goes to each row, for the largest sum (linear sum assignment)."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as e:
+        raise ImportError("init='align' needs scipy: pip install 'timm-sharesnet[share]', or take init='mean'") from e
+    return torch.from_numpy(linear_sum_assignment(gain.numpy(), maximize=True)[1])
+
+
+# ---- Batch norm
+
+
+def _estimate_statistics(model: nn.Module, images: Iterable[Any]) -> None:
+    """Estimate the statistics of all batch norms anew, as the mean over the batches."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    modes = {m: m.training for m in model.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    device = next(model.parameters()).device
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean
+        norm.train()
+    try:
+        for batch in images:
+            batch = batch[0] if isinstance(batch, (list, tuple)) else batch
+            model(batch.to(device))
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+    if norms and not norms[0].num_batches_tracked:
+        raise ValueError('images is empty, and the statistics of the batch norms cannot be estimated.')
+
+
+# ---- Back
 
 
 def unshare(model: nn.Module) -> nn.Module:
@@ -48,31 +462,130 @@ def unshare(model: nn.Module) -> nn.Module:
             m.grad_checkpointing = any(stage.grad_checkpointing for stage in stages.values())
             m.__class__ = ResNet  # it adds no attribute to timm's, and so everything done to the model stays
         if stages:
+            args = getattr(m, '_model_args', {})  # timm's
+            base = args.pop('base', None)
+            args.pop('share_rate', None)
             for cfg in getattr(m, 'pretrained_cfg', None), getattr(m, 'default_cfg', None):
                 if isinstance(cfg, dict):
-                    _name_twin(cfg)
+                    _name_twin(cfg, base)
     return model
 
 
 def _plain_stage(stage: SharedStage) -> nn.Module:
-    for block in stage.blocks:
-        if block.conv2 is None:
-            block.take_conv2(copy.deepcopy(stage.conv))
+    for i, block in enumerate(stage.blocks):
+        conv = stage.conv_of(i)
+        if conv is not None:
+            block.take_conv2(copy.deepcopy(conv))
         if block.plain is not None:
             block.__class__ = block.plain
     if any(isinstance(block, SharingBlock) for block in stage.blocks):
         del stage.conv
-        stage.conv = None
+        stage.conv, stage.several = None, False
         return stage
     plain = nn.Sequential(*stage.blocks)
     plain.training = stage.training  # `train()` would set it for the layers, too
     return plain
 
 
-def _name_twin(cfg: dict) -> None:
+def _name_twin(cfg: dict, base: Optional[str]) -> None:
     name = cfg.get('architecture', '')
-    twin = name.removeprefix('sha')  # sharesnet50 -> resnet50, shawrn40_4 -> wrn40_4
+    twin = base or name.removeprefix('sha')  # sharesnet50 -> resnet50, shawrn40_4 -> wrn40_4
     if twin != name and is_model(twin):
         cfg['architecture'] = twin
         for key in _SOURCES:
             cfg.pop(key, None)
+
+
+# ---- The command
+
+
+def _rate(text: str) -> ShareRate:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError) as e:
+        raise argparse.ArgumentTypeError(
+            f'must be a number, or one for each stage such as 0.5,0.5,1,1: {text!r}'
+        ) from e
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_sharesnet.share',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument('model', metavar='MODEL')
+    parser.add_argument('--output', required=True, type=Path, metavar='DIR', help='folder to write, which is new')
+    parser.add_argument('--rate', type=_rate, default=1.0, metavar='R', help='from 0 to 1, for all stages or each (1)')
+    parser.add_argument('--init', choices=INITS, default='align', help='kernel that blocks share (align)')
+    parser.add_argument('--checkpoint', metavar='FILE', help='weights to take in place of the pretrained ones')
+    parser.add_argument('--num-classes', type=int, metavar='N', help="the checkpoint's classes, if not the default")
+    parser.add_argument('--calibration-dir', metavar='DIR', help='folder of images, in subfolders or not')
+    parser.add_argument('--calibration-images', type=int, default=5000, metavar='N', help='how many of them (5000)')
+    return parser
+
+
+def _images(model: nn.Module, folder: str, count: int) -> Iterable[torch.Tensor]:
+    """Batches of a folder's images at equal distances, preprocessed for a model, with a progress bar."""
+    from huggingface_hub.utils import tqdm
+    from timm.data import create_dataset, create_transform, resolve_data_config
+
+    dataset = create_dataset('', root=folder)
+    dataset.transform = create_transform(**resolve_data_config({}, model=model))
+    count = min(count, len(dataset))
+    subset = torch.utils.data.Subset(dataset, [i * len(dataset) // count for i in range(count)])
+    return tqdm(torch.utils.data.DataLoader(subset, batch_size=100), desc='calibrating', unit='batch')
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command line, see the module. Returns the exit code, 0 or 2."""
+    from .export import ExportError, load_model
+
+    args = _parser().parse_args(argv)
+    try:
+        if args.output.exists():
+            raise ExportError(f'{args.output} exists already')
+        if args.calibration_images < 1:
+            raise ExportError(f'--calibration-images must be positive, got {args.calibration_images}')
+        model = load_model(args.model, args.checkpoint, args.num_classes)
+        images = None
+        if args.calibration_dir is not None:
+            try:
+                images = _images(model, args.calibration_dir, args.calibration_images)
+            except (AssertionError, RuntimeError) as e:  # there is no folder, or no image
+                raise ExportError(f'there are no images in {args.calibration_dir}') from e
+        try:
+            shared = share(model, args.rate, args.init, images)
+        except (ImportError, TypeError, ValueError) as e:
+            raise ExportError(str(e)) from e
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='.share-', dir=args.output.parent) as temporary:
+            folder = Path(temporary, args.output.name)
+            save_for_hf(shared, str(folder), safe_serialization=True)
+            drop_repeated_args(folder / 'config.json')
+            folder.rename(args.output)
+    except ExportError as e:
+        print('share:', ' '.join(str(e).split()), file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f'share: {e.filename}: {e.strerror}', file=sys.stderr)
+        return 2
+    print(shared.share_report)
+    options = ' '.join(f'{k}={str(v).replace(" ", "")}' for k, v in _options(shared).items())
+    print(f'{args.output}: {sum(p.numel() for p in shared.parameters()):,} parameters, to train on with')
+    print(
+        f'  --model {shared.pretrained_cfg["architecture"]} --model-kwargs {options} '
+        f'--initial-checkpoint {args.output}/model.safetensors'
+    )
+    return 0
+
+
+def _options(model: nn.Module) -> Dict[str, Any]:
+    return {k: v for k, v in model._model_args.items() if k in ('base', 'share_rate', 'layers', 'widen_factor')}
+
+
+if __name__ == '__main__':
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]  # paths that a terminal cannot show
+    sys.exit(main())

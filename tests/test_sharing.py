@@ -1,0 +1,319 @@
+"""`share`: a shared net of any plain one, at any rate."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from demo import load_images
+from models import SHARED, TWINS, create, error, images
+from timm.models import save_for_hf
+from torch.nn.utils import prune
+
+from timm_sharesnet import CifarResNetV2, SharedStage, ShaResNet, fold, share, unshare
+from timm_sharesnet._pretrained import drop_repeated_args
+from timm_sharesnet.share import _permute, main
+from timm_sharesnet.stage import split_runs
+
+NARROW = dict(layers=(2, 3, 4, 1), channels=(16, 24, 32, 40), num_classes=10)
+# timm's ResNets of all kinds, and our unshared ones
+PLAIN: List[Tuple[str, Dict[str, Any]]] = [
+    ('resnet18', {}),
+    ('resnet34', NARROW),
+    ('resnet50', NARROW),
+    ('resnet50d', NARROW),
+    ('resnet50t', NARROW),
+    ('resnet50s', NARROW),
+    ('wide_resnet50_2', NARROW),
+    ('resnext50_32x4d', dict(layers=(2, 3, 4, 1), num_classes=10)),
+    ('seresnet50', NARROW),
+    ('ecaresnet50t', NARROW),
+    ('resnetblur50', NARROW),
+    ('resnetaa50d', NARROW),
+    ('resnet50', dict(NARROW, in_chans=1, output_stride=8)),
+    ('resnet164_cifar', dict(layers=(3, 4, 5))),
+    ('wrn40_4', dict(layers=(3, 4, 5), widen_factor=1)),
+]
+plain_nets = pytest.mark.parametrize('name, kwargs', PLAIN, ids=[f'{n}-{i}' for i, (n, _) in enumerate(PLAIN)])
+kinds = pytest.mark.parametrize(
+    'name, kwargs', [PLAIN[i] for i in (1, 2, 13, 14)], ids=['basic', 'bottleneck', 'preact', 'wide']
+)
+
+
+def stages(model: nn.Module) -> List[SharedStage]:
+    return [m for m in model.modules() if isinstance(m, SharedStage)]
+
+
+# ---- The rate
+
+
+@pytest.mark.parametrize('rate', [0.0, 0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize('name', SHARED)
+def test_a_stage_saves_a_kernel_for_each_block_beyond_one_a_run(name: str, rate: float) -> None:
+    model = timm.create_model(name, share_rate=rate, device='meta')
+    twin = timm.create_model(TWINS[name], device='meta')
+    saved = 0
+    for i, stage in enumerate(stages(model)):
+        m = len(stage) - stage[0].first_shared(i)  # blocks that can share
+        g = m - round(rate * (m - 1))
+        kernels = {stage.conv_name(j) for j in range(stage[0].first_shared(i), len(stage))}
+        assert len(kernels) == g
+        saved += 9 * stage[-1].conv1.out_channels ** 2 * (m - g)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in twin.parameters()) - saved
+
+
+@pytest.mark.parametrize('name', SHARED)
+def test_names_of_the_shared_net_and_of_its_twin_are_as_they_were(name: str) -> None:
+    names = timm.create_model(name, share_rate=1.0, device='meta').state_dict().keys()
+    assert names == timm.create_model(name, device='meta').state_dict().keys()
+    assert {f'layer{i}.conv.weight' for i in (1, 2, 3)} <= names
+    assert not [k for k in timm.create_model(name, share_rate=0, device='meta').state_dict() if '.conv.' in k]
+
+
+@pytest.mark.parametrize(
+    'first, end, rate, runs',
+    [
+        (0, 3, 1.0, [(0, 1, 2)]),
+        (1, 7, 0.0, [(1,), (2,), (3,), (4,), (5,), (6,)]),
+        (1, 7, 0.5, [(1,), (2,), (3, 4), (5, 6)]),  # as equal as possible, the longer ones last
+        (1, 7, 0.75, [(1, 2, 3), (4, 5, 6)]),
+        (1, 1, 1.0, []),
+        (1, 2, 1.0, [(1,)]),
+        (1, 6, [[1, 5], [2, 3]], [(1, 5), (2, 3), (4,)]),
+    ],
+)
+def test_runs(first: int, end: int, rate: Any, runs: List[Tuple[int, ...]]) -> None:
+    assert split_runs(first, end, rate) == runs
+
+
+@pytest.mark.parametrize(
+    'rate', [1.5, -0.1, float('nan'), (1.0,), (1, 1, 1, 1, 1), [[0, 1], 1, 1, 1], [1, [[0, 1]], 1, 1]]
+)
+def test_rates_that_are_none_are_refused(rate: Any) -> None:
+    with pytest.raises(ValueError, match='share_rate'):
+        timm.create_model('sharesnet50', share_rate=rate, device='meta')
+
+
+def test_a_rate_for_each_stage_and_explicit_runs_build_what_they_say() -> None:
+    model = timm.create_model('sharesnet50', share_rate=(1.0, 0.0, [[1, 3], [2, 5]], 1.0), device='meta')
+    names = [k for k in model.state_dict() if '.conv.' in k]
+    assert names == [f'layer{i}.weight' for i in ('1.conv', '3.conv.1', '3.conv.2', '4.conv')]
+    stage = model.layer3
+    assert stage.conv_of(3) is stage.conv_of(1) is not stage.conv_of(5) and stage.conv_of(4) is None
+
+
+# ---- What it computes
+
+
+@plain_nets
+def test_at_rate_0_it_computes_what_the_model_does(name: str, kwargs: Dict[str, Any]) -> None:
+    model = create(name, **kwargs).double()
+    shared = share(model, 0.0)
+    assert isinstance(shared, (ShaResNet, CifarResNetV2)) and not shared.share_report.merges
+    x = images(model)[:, : model.in_chans]
+    assert error(shared(x), model(x)) <= 1e-12
+
+
+@plain_nets
+def test_result_is_a_shared_net_that_folds_and_unshares_and_the_model_stays(name: str, kwargs: Dict[str, Any]) -> None:
+    model = create(name, **kwargs).double()
+    before = copy.deepcopy(model.state_dict())
+    shared = share(model, 1.0, init='mean')
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in after.items())
+    saved = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in shared.parameters())
+    assert saved == sum(merge.saved for merge in shared.share_report.merges) > 0
+    x = images(model)[:, : model.in_chans]
+    y = shared(x)
+    assert error(fold(shared)(x), y) <= 1e-9
+    plain = unshare(shared)
+    assert error(plain(x), y) <= 1e-12
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    assert plain.pretrained_cfg['architecture'] == name and type(plain) is type(model)
+
+
+@kinds
+@pytest.mark.parametrize('rate', [1.0, 0.5])
+def test_alignment_finds_the_order_of_channels_in_which_the_kernels_are_equal(
+    name: str, kwargs: Dict[str, Any], rate: float
+) -> None:
+    source = timm.create_model(name, **kwargs)
+    for norm in (m for m in source.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.ones_(norm.weight)
+    model = unshare(share(source, rate, init='first')).double().eval()  # the blocks of a run have equal kernels
+    shared = share(model, rate, init='first').double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for stage in stages(shared):
+        for i, block in enumerate(stage):
+            if stage.conv_of(i) is not None:
+                conv = stage.conv_of(i)
+                block.take_conv2(copy.deepcopy(conv))
+    for block in (block for stage in stages(shared) for block in stage):
+        ins, outs = (torch.randperm(n, generator=generator) for n in block.conv2.weight.shape[1::-1])
+        if 'conv3' not in block.branch:
+            outs = torch.arange(len(outs))
+        with torch.no_grad():
+            _permute(block, ins, outs)
+            block.conv2.weight.copy_(block.conv2.weight[outs][:, ins])
+    for stage in stages(shared):
+        stage.conv, stage.several = None, False
+    permuted = unshare(shared)
+    x = images(model)
+    assert error(permuted(x), model(x)) <= 1e-9  # so far, permutations change nothing
+    aligned = share(permuted, rate)
+    assert all(merge.after > 0.999 for merge in aligned.share_report.merges)
+    assert min(merge.before for merge in aligned.share_report.merges) < 0.5
+    assert error(aligned(x), model(x)) <= 1e-6
+    assert error(share(permuted, rate, init='mean')(x), model(x)) > 0.1
+
+
+@kinds
+def test_alignment_brings_independent_kernels_nearer(name: str, kwargs: Dict[str, Any]) -> None:
+    for merge in share(create(name, **kwargs)).share_report.merges:
+        nearer = merge.after - merge.before
+        assert nearer > 0.03 if name in ('resnet50', 'resnet164_cifar') else nearer > -0.01
+
+
+def test_grouped_convolutions_are_not_aligned_and_the_report_says_so() -> None:
+    report = str(share(create('resnext50_32x4d', layers=(2, 2, 2, 2))).share_report)
+    assert 'layer1: grouped convolutions are not aligned' in report
+    assert report.splitlines()[0].startswith('layer1 blocks 0 to 1: 2 kernels to 1, 4,608 parameters saved, cosine')
+
+
+# ---- Batch norm
+
+
+def test_statistics_are_those_of_the_images() -> None:
+    model = create('resnet164_cifar', layers=(3, 3, 3))
+    batches = torch.randn(3, 8, 3, 32, 32).unbind()
+    shared = share(model, images=[(batch, torch.zeros(8)) for batch in batches])
+    expected = share(model)
+    for norm in (m for m in expected.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+        norm.momentum = None
+    expected.train()
+    with torch.no_grad():
+        for batch in batches:
+            expected(batch)
+    for name, value in shared.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], msg=name)
+    norms = [m for m in shared.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(norm.momentum == 0.1 and not norm.training for norm in norms)
+
+
+def test_no_images_are_an_error() -> None:
+    with pytest.raises(ValueError, match='images is empty'):
+        share(create('resnet164_cifar', layers=(2, 2, 2)), images=[])
+
+
+# ---- A registered model
+
+
+@plain_nets
+def test_saved_it_loads_by_its_config(name: str, kwargs: Dict[str, Any], tmp_path: Path) -> None:
+    model = timm.create_model(name, **kwargs).eval()
+    shared = share(model, 0.5, init='first')
+    save_for_hf(shared, str(tmp_path), safe_serialization=True)
+    drop_repeated_args(tmp_path / 'config.json')
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = images(model)[:, : model.in_chans]
+    assert torch.equal(loaded(x), shared(x))
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['architecture'] == {v: k for k, v in TWINS.items()}.get(name, 'sharesnet')
+    assert config['model_args']['share_rate'] == 0.5
+
+
+@pytest.mark.parametrize('name', SHARED)
+def test_entry_point_builds_the_seven_nets_as_their_own_names_do(name: str) -> None:
+    for rate in (1.0, 0.5):
+        model = timm.create_model('sharesnet', base=TWINS[name], share_rate=rate, device='meta')
+        own = timm.create_model(name, share_rate=rate, device='meta')
+        assert type(model) is type(own) and str(model) == str(own)
+        assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in own.state_dict().items()}
+
+
+def test_entry_point_takes_what_the_base_takes_and_has_its_preprocessing() -> None:
+    model = timm.create_model('sharesnet', base='seresnext26d_32x4d', share_rate=1.0, num_classes=7, in_chans=1)
+    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 7)
+    base = timm.get_pretrained_cfg('seresnext26d_32x4d')
+    for key in ('mean', 'std', 'crop_pct', 'interpolation', 'first_conv'):
+        assert model.pretrained_cfg[key] == getattr(base, key)
+    assert not {'url', 'hf_hub_id', 'file'} & model.pretrained_cfg.keys()
+    features = timm.create_model('sharesnet', base='resnet18', features_only=True)(torch.randn(1, 3, 64, 64))
+    assert [f.shape[1] for f in features] == [64, 64, 128, 256, 512]
+    features = timm.create_model('sharesnet', base='resnet164_cifar', features_only=True)(torch.randn(1, 3, 32, 32))
+    assert [f.shape[1] for f in features] == [16, 64, 128, 256]
+
+
+@pytest.mark.parametrize('base', ['resnet51', 'vit_tiny_patch16_224', 'resnetv2_50', 'resnest14d', 'res2net50_26w_4s'])
+def test_entry_point_refuses_what_cannot_be_shared(base: str) -> None:
+    with pytest.raises((TypeError, ValueError), match='cannot be shared|can share|knows no model resnet51'):
+        timm.create_model('sharesnet', base=base, device='meta')
+
+
+# ---- Errors
+
+
+def test_what_is_no_plain_net_is_refused() -> None:
+    model = create('resnet50', **NARROW)
+    with pytest.raises(ValueError, match='layer1 is shared or folded already'):
+        share(share(model, init='mean'))
+    with pytest.raises(TypeError, match='Sequential cannot be shared'):
+        share(nn.Sequential(model))
+    with pytest.raises(ValueError, match="init must be one of align, mean, first, random, got 'last'"):
+        share(model, init='last')
+    prune.random_unstructured(model.layer2[1].conv2, 'weight', 0.5)
+    with pytest.raises(ValueError, match='layer2.1.conv2 is no plain convolution'):
+        share(model)
+
+
+# ---- The command
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Working directory with some images."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'images').mkdir()
+    for i, image in enumerate(load_images()[0][:20]):
+        image.save(f'images/{i}.png')
+    return tmp_path
+
+
+def test_command_writes_a_folder_that_loads_and_says_how_to_train_it(folder: Path, capsys: Any) -> None:
+    argv = ['sharesnet164_cifar', '--rate', '0.5', '--output', 'half', '--init', 'mean']
+    torch.save(timm.create_model('resnet164_cifar').state_dict(), 'plain.pth')
+    argv = ['resnet164_cifar', '--checkpoint', 'plain.pth', *argv[1:]]
+    assert main([*argv, '--calibration-dir', 'images', '--calibration-images', '10']) == 0
+    out = capsys.readouterr().out
+    assert 'half: 1,316,186 parameters' in out
+    line = '--model sharesnet164_cifar --model-kwargs share_rate=0.5 --initial-checkpoint half/model.safetensors'
+    assert line in out
+    model = timm.create_model('local-dir:half', pretrained=True)
+    assert model.norm.num_batches_tracked == 1
+    assert sorted(path.name for path in folder.iterdir()) == ['half', 'images', 'plain.pth']
+    assert main(argv) == 2 and 'half exists already' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['resnt50'], 'timm knows no model resnt50, did you mean resnet50'),
+        (['vgg11', '--checkpoint', 'vgg.pth'], 'there is no file vgg.pth'),
+        (['resnet164_cifar', '--checkpoint', 'plain.pth', '--rate', '2'], 'share_rate must be from 0 to 1'),
+        (['resnet164_cifar', '--checkpoint', 'plain.pth', '--calibration-dir', 'no'], 'there are no images in no'),
+        (['sharesnet164_cifar'], 'layer1 is shared or folded already'),
+    ],
+)
+def test_command_refuses_in_one_line_and_leaves_nothing(
+    folder: Path, capsys: Any, argv: List[str], message: str
+) -> None:
+    torch.save(timm.create_model('resnet164_cifar').state_dict(), 'plain.pth')
+    assert main([*argv, '--output', 'out']) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count('\n') == 1 and err.startswith('share: ')
+    assert not Path('out').exists() and not list(folder.glob('.share*'))
