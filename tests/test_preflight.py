@@ -114,6 +114,9 @@ def test_accepts_our_configs_with_the_data_that_they_are_for(tmp_path, monkeypat
     if teacher.startswith('local-dir:'):
         folder = teacher.removeprefix('local-dir:')
         save_for_hf(timm.create_model(Path(folder).name), folder, safe_serialization=True)
+    if 'initial_checkpoint' in config:
+        start = Path(config['initial_checkpoint']).parent
+        save_for_hf(timm.create_model(config['model']), str(start), safe_serialization=True)
     assert (
         main([str(path), '--dataset', '', '--data-dir', 'data', '--device', 'cpu', '-b', '8']) == 0
     )  # of one image a class

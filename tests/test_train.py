@@ -127,11 +127,15 @@ def test_config_trains_resumes_and_its_checkpoint_loads(folder, output, config):
         if teacher == 'resnet50':
             options += ['--kd-model-name', 'local-dir:teachers/resnet50']  # the config's is on the Hub
     options += ['--output', output]
+    if 'initial_checkpoint' in values:
+        start = folder / Path(values['initial_checkpoint']).parent
+        save_for_hf(create(values['model'], num_classes=CLASSES), start, safe_serialization=True)
 
     log = run(folder, 'train.py', *options, '--epochs', 2, '--experiment', 'first')
     assert ('LogitDistillationTask' in log) == ('kd_model_name' in values)
     first = torch.load(output / 'first' / 'last.pth.tar', weights_only=False)
     resume = ['--experiment', 'resumed', '--resume', output / 'first' / 'last.pth.tar']
+    resume += ['--initial-checkpoint', ''] if 'initial_checkpoint' in values else []
     run(folder, 'train.py', *options, '--epochs', 3, *resume)
     rows = summary(output / 'first' / 'summary.csv') + summary(output / 'resumed' / 'summary.csv')
     assert [int(row['epoch']) for row in rows][-2:] == [1, 2]

@@ -152,7 +152,7 @@ def test_each_cifar_model_has_a_modern_recipe_and_both_datasets_a_distillation()
 def test_teacher_is_the_unshared_twin(path):
     config = load(path)
     teacher = config.get('kd_model_name')
-    assert (teacher is not None) == path.stem.endswith('_distill')
+    assert (teacher is not None) == path.stem.endswith(('_distill', '_warm'))
     if teacher:
         assert re.split('[/.]', teacher.removeprefix('local-dir:')).count(TWINS[config['model']]) == 1
 
