@@ -22,7 +22,7 @@ import math
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -184,9 +184,8 @@ def _share_stages(model: nn.Module, rate: ShareRate) -> Dict[str, List[Tuple[int
         first = blocks[0].first_shared(i)
         runs[name] = [run for run in split_runs(first, len(blocks), rates[i]) if len(run) > 1]
         shared = SharedStage(blocks, first, rates[i])
-        for m in shared.modules():
-            if m not in blocks and not any(m in block.modules() for block in blocks):
-                m.training = stage.training
+        for m in (shared, shared.blocks, *([shared.conv] if shared.several else [])):
+            m.training = stage.training  # `train()` would set it for the layers, too
         shared.grad_checkpointing = getattr(model, 'grad_checkpointing', getattr(stage, 'grad_checkpointing', False))
         setattr(model, name, shared)
     if type(model) is ResNet:
@@ -508,8 +507,13 @@ def _rate(text: str) -> ShareRate:
         ) from e
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'share: {message}\n')
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog='python -m timm_sharesnet.share',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
