@@ -233,7 +233,7 @@ def _base_cfg(base: str) -> Dict[str, Any]:
 def sharesnet(
     pretrained: bool = False, base: str = 'resnet50', share_rate: ShareRate = 1.0, **kwargs: Any
 ) -> torch.nn.Module:
-    """Any of timm's ResNets of basic or bottleneck blocks (`base`, such as 'seresnet50d'), with shared convolutions."""
+    """Any of timm's ResNets of basic or bottleneck blocks (`base`, such as 'seresnet50'), with shared convolutions."""
     from . import resnetv2
     from .share import create_shared
 

@@ -566,7 +566,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.share-', dir=args.output.parent) as temporary:
             folder = Path(temporary, args.output.name)
-            save_for_hf(shared, str(folder), safe_serialization=True)
+            save_for_hf(shared, str(folder), model_args=_options(shared), safe_serialization=True)
             drop_repeated_args(folder / 'config.json')
             folder.rename(args.output)
     except ExportError as e:
