@@ -8,20 +8,25 @@ batch norms' statistics were estimated anew on 5,000 training images, and after 
 rate 0.05 linearly to 0). Controls: the plain net trained on equally long, the shared net trained from scratch for as
 many epochs in all, a random kernel with all else warm, and the plain net as teacher.
 
-Each case is a row of OUTPUT/share.csv, written when it is done; a row that is there is not measured again. The plain
-nets are kept there, too. Exit code 0, or 2 for options that it does not know.
+Each case is a row of tests/benchmarks/results/share-MACHINE-VERSIONS.csv, written when it is done; a row that is there
+is not measured again. Then the picture hub/share.svg is drawn of all rows, and a table printed. The plain nets are kept
+in DIR. Exit code 0, or 2 for options that it does not know.
 """
 
 import argparse
 import csv
-import sys
+import platform
+import re
+import statistics
 import time
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from timm.data import create_dataset
 
 from timm_sharesnet import share
@@ -30,6 +35,9 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CASE = ['layers', 'px', 'seed', 'what', 'rate', 'init', 'teacher', 'plain_epochs', 'epochs']
 RESULT = ['parameters', 'top1_shared', 'top1_calibrated', 'top1', 'cosine', 'cosine_aligned', 'seconds']
 CALIBRATION = 5000
+RESULTS = Path(__file__).with_name('results')
+PICTURE = Path(__file__).parents[2] / 'hub' / 'share.svg'
+COLOURS = {'align': '#c44e52', 'mean': '#dd8452', 'first': '#8172b3', 'random': '#937860', '': '#4c72b0'}
 
 
 def load(folder, px):
@@ -144,12 +152,62 @@ def measure(case, args, plain, training, test, seed):
         model = share(plain, rate, init, images=chosen.split(500))
         row['top1_calibrated'] = accuracy(model, test)
         merges = model.share_report.merges
-        row['cosine'] = round(np.mean([m.before for m in merges]), 3)
-        row['cosine_aligned'] = round(np.mean([m.after for m in merges]), 3)
+        row['cosine'] = round(statistics.mean([m.before for m in merges]), 3)
+        row['cosine_aligned'] = round(statistics.mean([m.after for m in merges]), 3)
         train(model, training, epochs, 0.05, 0.0, seed, plain if teacher else None)
     row['top1'] = accuracy(model, test)
     row['parameters'] = sum(p.numel() for p in model.parameters())
     return row | {'seconds': round(time.perf_counter() - start)}
+
+
+def results_file():
+    cpu = next((m[1] for m in re.finditer(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())), '')
+    machine = '-'.join(re.findall(r'\w+', cpu or platform.machine()))
+    return RESULTS / f'share-{machine}-torch{torch.__version__}.csv'
+
+
+def table(rows):
+    """The rows in Markdown, the mean over the seeds."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in CASE if k != 'seed'), []).append(row)
+    lines = [
+        '| net | rate | kernel | epochs | parameters | right after | + statistics | + epochs |',
+        '| --- ' * 8 + '|',
+    ]
+    for group in groups.values():
+        row = group[0]
+        tops = [_mean(group, key) for key in ('top1_shared', 'top1_calibrated', 'top1')]
+        what = row['what'] + (', with teacher' if row['teacher'] == '1' else '')
+        cells = [what, row['rate'], row['init'] or '-', row['epochs'], f'{int(row["parameters"]):,}', *tops]
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def _mean(rows, key):
+    values = [float(row[key]) for row in rows if row[key] not in ('', None)]
+    return f'{statistics.mean(values):.2f}' if values else '-'
+
+
+def draw(rows):
+    """Accuracy against parameters: after the statistics were estimated anew (hollow), and after training (filled)."""
+    matplotlib.rcParams.update({'svg.hashsalt': 'share', 'svg.fonttype': 'none'})
+    figure = Figure(figsize=(7, 4), layout='constrained')
+    axes = figure.subplots()
+    for row in (row for row in rows if row['teacher'] == '0'):
+        x, colour = int(row['parameters']) / 1e6, COLOURS[row['init']]
+        label = row['init'] or {'plain': 'plain net, trained on', 'scratch': 'from scratch'}[row['what']]
+        axes.plot(x, float(row['top1']), 'o' if row['what'] != 'scratch' else 's', color=colour, label=label)
+        if row['top1_calibrated'] not in ('', None):
+            axes.plot(x, float(row['top1_calibrated']), 'o', color=colour, mfc='none')
+        if row['init'] == 'align':
+            axes.annotate(f'rate {row["rate"]}', (x, float(row['top1'])), xytext=(0, 7), textcoords='offset points')
+    axes.set(xlabel='parameters, M', ylabel='CIFAR-10 at 16 px, top-1, %')
+    axes.grid(alpha=0.3)
+    axes.spines[['top', 'right']].set_visible(False)
+    labels = {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    axes.legend(labels.values(), labels.keys(), frameon=False, title='filled: + epochs, hollow: + statistics')
+    figure.savefig(PICTURE, metadata={'Date': None})
 
 
 def main():
@@ -163,7 +221,7 @@ def main():
     parser.add_argument('--epochs', type=int, nargs='+', default=[3, 1, 8], help='of training after sharing')
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / 'share.csv'
+    path = results_file()
     rows = list(csv.DictReader(path.open())) if path.exists() else []
     done = {tuple(row[k] for k in CASE) for row in rows}
     training, test = (load(args.data / split, args.px) for split in ('train', 'test'))
@@ -182,7 +240,9 @@ def main():
                     writer = csv.DictWriter(file, CASE + RESULT, restval='', lineterminator='\n')
                     writer.writeheader()
                     writer.writerows(rows)
+    draw(rows)
+    print(table(rows))
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()
