@@ -190,11 +190,12 @@ def _mean(rows, key):
 
 
 def draw(rows):
-    """Accuracy against parameters: after the statistics were estimated anew (hollow), and after training (filled)."""
+    """Accuracy against parameters: after the statistics were estimated anew (hollow), and after most training (filled)."""
     matplotlib.rcParams.update({'svg.hashsalt': 'share', 'svg.fonttype': 'none'})
     figure = Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
-    for row in (row for row in rows if row['teacher'] == '0'):
+    longest = max((row['epochs'] for row in rows), key=int)
+    for row in (row for row in rows if row['teacher'] == '0' and row['epochs'] == longest):
         x, colour = int(row['parameters']) / 1e6, COLOURS[row['init']]
         label = row['init'] or {'plain': 'plain net, trained on', 'scratch': 'from scratch'}[row['what']]
         axes.plot(x, float(row['top1']), 'o' if row['what'] != 'scratch' else 's', color=colour, label=label)
