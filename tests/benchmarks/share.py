@@ -190,7 +190,7 @@ def _mean(rows, key):
 
 
 def draw(rows):
-    """Accuracy against parameters: after the statistics were estimated anew (hollow), and after most training (filled)."""
+    """Accuracy against parameters: with statistics estimated anew (hollow), and after the longest training (filled)."""
     matplotlib.rcParams.update({'svg.hashsalt': 'share', 'svg.fonttype': 'none'})
     figure = Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
