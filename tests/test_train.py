@@ -150,7 +150,8 @@ def test_config_trains_resumes_and_its_checkpoint_loads(folder, output, config):
     for name in shared:
         assert not torch.equal(last['state_dict'][name], first['state_dict'][name])
 
-    model = timm.create_model(values['model'], num_classes=CLASSES, checkpoint_path=path)
+    model_kwargs = values.get('model_kwargs', {})
+    model = timm.create_model(values['model'], num_classes=CLASSES, checkpoint_path=path, **model_kwargs)
     expected = last.get('state_dict_ema', last['state_dict'])
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
@@ -159,6 +160,7 @@ def test_config_trains_resumes_and_its_checkpoint_loads(folder, output, config):
     same += ['--amp', '--amp-dtype', values['amp_dtype']] if 'amp' in values else []
     same += ['--channels-last'] if 'channels_last' in values else []
     same += ['--use-ema'] if 'model_ema' in values else []
+    same += ['--model-kwargs', *(f'{k}={v}'.replace(' ', '') for k, v in model_kwargs.items())] if model_kwargs else []
     assert validate(folder, values['model'], path, *same) == pytest.approx(float(rows[-1]['eval_top1']))
 
 
