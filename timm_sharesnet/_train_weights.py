@@ -81,7 +81,7 @@ def check_pretrained(args: argparse.Namespace, model: Any) -> str:
             name,
             pretrained=True,
             num_classes=args.num_classes,
-            in_chans=args.input_size[0] if args.in_chans is None and args.input_size else args.in_chans or 3,
+            in_chans=resolve_in_chans(args),
             **overlay,
             **args.model_kwargs,
         )
@@ -98,6 +98,11 @@ def check_pretrained(args: argparse.Namespace, model: Any) -> str:
     if missing:  # timm would leave them at random
         raise PreflightError(f'pretrained_path: {path} lacks {len(missing)} tensors of {name}, {missing[0]} is one.')
     return f'{path}: all {len(expected)} tensors of the model but the classifier'
+
+
+def resolve_in_chans(args: argparse.Namespace) -> int:
+    """The model's input channels, as train.py takes them from the options."""
+    return args.input_size[0] if args.in_chans is None and args.input_size else args.in_chans or 3
 
 
 def check_local_dir(key: str, folder: str) -> None:

@@ -319,8 +319,8 @@ def load_model(
     Raises:
         ExportError: If there is no such model, or the weights are not its own.
     """
-    if ':' not in name and unknown_model(name):
-        raise ExportError(unknown_model(name))
+    if ':' not in name and (unknown := unknown_model(name)):
+        raise ExportError(unknown)
     kwargs = {'num_classes': num_classes, 'in_chans': in_chans, **(model_kwargs or {})}
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     state_dict = None

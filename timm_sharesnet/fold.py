@@ -152,8 +152,8 @@ def _fold_use(block: nn.Module, shared: nn.Conv2d, names: List[str], scale: torc
         conv = getattr(block, names[2])
         scale, moved = (torch.ones_like(scale), scale) if movable else (scale, torch.ones_like(scale))
         constant = torch.where(moved == 0, shift, 0).relu()
-        kernel = _double(conv.weight)
-        bias = kernel[:, :, 0, 0] @ constant + (0 if conv.bias is None else _double(conv.bias))
+        kernel = double(conv.weight)
+        bias = kernel[:, :, 0, 0] @ constant + (0 if conv.bias is None else double(conv.bias))
         setattr(block, names[2], _conv_like(conv, kernel * moved[None, :, None, None], bias))
         shift = torch.where(moved == 0, 0, shift / moved)
     if movable:
@@ -196,8 +196,8 @@ def _fold_pair(conv_parent: nn.Module, conv_name: str, norm_parent: nn.Module, n
     conv, affine = getattr(conv_parent, conv_name), _scale_and_shift(getattr(norm_parent, norm_name))
     if affine is not None and is_plain(conv, bias=True):
         scale, shift = affine
-        bias = shift if conv.bias is None else shift + scale * _double(conv.bias)
-        setattr(conv_parent, conv_name, _conv_like(conv, _double(conv.weight) * scale[:, None, None, None], bias))
+        bias = shift if conv.bias is None else shift + scale * double(conv.bias)
+        setattr(conv_parent, conv_name, _conv_like(conv, double(conv.weight) * scale[:, None, None, None], bias))
         _remove(norm_parent, norm_name)
 
 
@@ -220,11 +220,11 @@ def _scale_and_shift(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tens
     """What a batch norm multiplies by and adds per channel, in float64. None if the module is no such norm."""
     if type(norm) not in _NORMS or norm.running_mean is None or has_hooks(norm):
         return None
-    scale = (_double(norm.running_var) + norm.eps).rsqrt()
+    scale = (double(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * _double(norm.weight)
-    shift = -scale * _double(norm.running_mean)
-    return scale, shift if norm.bias is None else shift + _double(norm.bias)
+        scale = scale * double(norm.weight)
+    shift = -scale * double(norm.running_mean)
+    return scale, shift if norm.bias is None else shift + double(norm.bias)
 
 
 def _conv_like(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
@@ -238,5 +238,5 @@ def _remove(parent: nn.Module, norm: str) -> None:
     setattr(parent, norm, nn.Identity().train(getattr(parent, norm).training))
 
 
-def _double(tensor: torch.Tensor) -> torch.Tensor:
+def double(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().double()  # not every device has float64

@@ -52,7 +52,7 @@ from timm.utils import ParseKwargs
 from ._pretrained import unknown_model
 from ._train_data import check_data
 from ._train_values import PreflightError, check_values, reason, shown
-from ._train_weights import check_checkpoint, check_local_dir, check_pretrained, check_teacher
+from ._train_weights import check_checkpoint, check_local_dir, check_pretrained, check_teacher, resolve_in_chans
 
 __all__ = [
     'PreflightError',
@@ -262,7 +262,7 @@ def build_model(args: argparse.Namespace) -> Any:
     if unknown:
         raise PreflightError(f'model: {unknown}')
     kwargs = {key: getattr(args, option) for key, option in _MODEL_ARGS.items()}
-    kwargs.update(pretrained=False, checkpoint_path='', in_chans=_in_chans(args))
+    kwargs.update(pretrained=False, checkpoint_path='', in_chans=resolve_in_chans(args))
     for key in args.model_kwargs:
         if key in kwargs:
             raise PreflightError(f"model_kwargs: {key} is train.py's own, by the option {_MODEL_ARGS[key]}.")
@@ -273,10 +273,6 @@ def build_model(args: argparse.Namespace) -> Any:
     except Exception as e:  # whatever a model's constructor raises at arguments that it does not take
         raise PreflightError(f'model: {args.model} cannot be built: {reason(e)}') from e
     return model
-
-
-def _in_chans(args: argparse.Namespace) -> int:
-    return args.input_size[0] if args.in_chans is None and args.input_size else args.in_chans or 3
 
 
 def _check_machine(args: argparse.Namespace) -> str:
@@ -345,10 +341,10 @@ def _check_transforms(args: argparse.Namespace, data: Dict[str, Any]) -> None:
         image = Image.new('RGB', (width, height)).convert(mode)
     except Exception as e:
         raise PreflightError(f'input_img_mode: PIL has no mode {shown(mode)}.') from e
-    if len(image.getbands()) != _in_chans(args):
+    if len(image.getbands()) != resolve_in_chans(args):
         raise PreflightError(
-            f'in_chans: {_in_chans(args)}, but train.py would read images of mode {mode} with {len(image.getbands())} '
-            f'channels: set input_size and input_img_mode, too.'
+            f'in_chans: {resolve_in_chans(args)}, but train.py would read images of mode {mode} with '
+            f'{len(image.getbands())} channels: set input_size and input_img_mode, too.'
         )
     if args.naflex_loader:
         return

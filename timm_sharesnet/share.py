@@ -30,6 +30,7 @@ from timm.models import create_model, is_model, save_for_hf
 from timm.models.resnet import ResNet
 
 from ._pretrained import drop_repeated_args
+from .fold import double
 from .resnet import ShaResNet
 from .resnetv2 import CifarResNetV2
 from .stage import SharedStage, ShareRate, SharingBlock, is_plain, split_runs, stage_rates
@@ -214,7 +215,7 @@ def _merge(
 ) -> Merge:
     """Set the convolution that the blocks of a run share, given those that they had. The blocks are adapted to it."""
     blocks = [stage[i] for i in run]
-    kernels = [_normalize(block, _double(conv.weight)) for block, conv in zip(blocks, convs, strict=True)]
+    kernels = [_normalize(block, double(conv.weight)) for block, conv in zip(blocks, convs, strict=True)]
     before = after = _mean_cosine(kernels)
     if init == 'align' and convs[0].groups == 1:
         outputs = 'conv3' in blocks[0].branch  # else they are added to the stream, whose channels have their order
@@ -275,13 +276,13 @@ def _normalize(block: SharingBlock, kernel: torch.Tensor) -> torch.Tensor:
     same with it: its batch norms are adapted."""
     norm = _norm_before(block)
     if norm is not None and kernel.shape[1] == norm.num_features:
-        rms = _rms_after_relu(_double(norm.weight), _double(norm.bias))
+        rms = _rms_after_relu(double(norm.weight), double(norm.bias))
         rms = rms.clamp(min=_SMALLEST * rms.mean().item())
         kernel = kernel * rms[None, :, None, None]
         _scale_input(block, 1 / rms)
     norm = _norm_after(block)
     if norm is not None:
-        std = (_double(norm.running_var) + norm.eps).sqrt()
+        std = (double(norm.running_var) + norm.eps).sqrt()
         kernel = kernel / std[:, None, None, None]
         norm.running_mean.div_(std.to(norm.running_mean))
         norm.running_var.fill_(1 - norm.eps)
@@ -314,10 +315,6 @@ def _reorder(layer: nn.Module, order: torch.Tensor) -> None:
     for tensor in itertools.chain(layer.parameters(), layer.buffers()):
         if tensor.ndim and len(tensor) == len(order):
             tensor.copy_(tensor[order])
-
-
-def _double(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().double()
 
 
 def _mean_cosine(kernels: Sequence[torch.Tensor]) -> float:
