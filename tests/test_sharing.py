@@ -15,6 +15,7 @@ from timm.models import save_for_hf
 from torch.nn.utils import prune
 
 from timm_sharesnet import CifarResNetV2, SharedStage, ShaResNet, fold, share, unshare
+from timm_sharesnet._calibrate import Fit, calibrate
 from timm_sharesnet._pretrained import drop_repeated_args
 from timm_sharesnet.share import _permute, main
 from timm_sharesnet.stage import split_runs
@@ -180,18 +181,91 @@ def test_alignment_brings_independent_kernels_nearer(name: str, kwargs: Dict[str
 
 def test_grouped_convolutions_are_not_aligned_and_the_report_says_so() -> None:
     report = str(share(create('resnext50_32x4d', layers=(2, 2, 2, 2))).share_report)
-    assert 'layer1: grouped convolutions are not aligned' in report
+    assert 'layer1: grouped convolutions are not aligned' in report and 'no images were given' in report
     assert report.splitlines()[0].startswith('layer1 blocks 0 to 1: 2 kernels to 1, 4,608 parameters saved, cosine')
 
 
-# ---- Batch norm
+# ---- Images
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """RMS difference of maps (B, C, H, W), relative to that of the expected, the mean of each channel aside."""
+    found, expected = (x - x.mean((0, 2, 3), keepdim=True) for x in (found, expected))
+    return ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
+
+
+def noise(model: nn.Module, count: int, n: int) -> Tuple[torch.Tensor, ...]:
+    """Batches (n, C, H, W)."""
+    size = 32 if isinstance(model, CifarResNetV2) else 64
+    return torch.randn(count, n, model.in_chans, size, size, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+@pytest.mark.parametrize('name, kwargs', PLAIN[1:])
+def test_refitted_it_is_nearer_to_the_model_in_every_stage(name: str, kwargs: Dict[str, Any]) -> None:
+    model = create(name, **kwargs)
+    batches = noise(model, 4, 16)
+    model = unshare(share(model, 0.0, images=batches))  # so that its statistics are theirs
+    state = copy.deepcopy(model.state_dict())
+    shared = [share(model, 1.0, 'mean', batches, refit=refit) for refit in (True, False)]
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    expected, refitted, other = (m.forward_intermediates(batches[0])[1][1:] for m in (model, *shared))
+    errors = [(difference(a, y), difference(b, y)) for a, b, y in zip(refitted, other, expected, strict=True)]
+    assert all(a < 0.95 * b for a, b in errors[1:]), errors
+
+
+@pytest.mark.parametrize('name, kwargs', [PLAIN[i] for i in (2, 8, 10, 13)])
+def test_last_1x1_is_found_again(name: str, kwargs: Dict[str, Any]) -> None:
+    model = create(name, **kwargs)
+    batches = noise(model, 2, 32)
+    shared = share(model, 1.0, 'mean', batches, refit=False)
+    plain = unshare(shared)
+    fits = []
+    for i, stage in enumerate(stages(shared)):
+        blocks = tuple(j for j in range(len(stage)) if stage.conv_of(j) is not None)
+        fits.append(Fit(f'layer{i + 1}', blocks, None, scaled=True))
+        for j in blocks:
+            nn.init.normal_(stage[j].conv3.weight)
+    features = [shared.forward_intermediates(batches[0])[1][1:]]
+    calibrate(shared, plain, [fit.stage for fit in fits], fits, batches, progress=False)
+    features += [m.forward_intermediates(batches[0])[1][1:] for m in (shared, plain)]
+    for damaged, found, expected in zip(*features, strict=True):
+        assert difference(found, expected) < 0.2 < difference(damaged, expected)
+
+
+def test_blocks_that_add_nothing_still_do() -> None:
+    batches = [torch.randn(8, 3, 64, 64)]
+    model = unshare(share(timm.create_model('resnet50', **NARROW), 0.0, images=batches))  # its last norms scale by zero
+    for stage in stages(share(model, 1.0, 'mean', batches)):
+        for block in stage:
+            assert block.bn3.weight.abs().max() < 1e-3 and all(p.isfinite().all() for p in block.parameters())
+
+
+def test_last_1x1_before_another_norm_stays_and_the_report_says_so() -> None:
+    model = create('resnet50', norm_layer='groupnorm', **dict(NARROW, channels=(32, 32, 64, 64)))
+    shared = share(model, 1.0, 'mean', [torch.randn(8, 3, 64, 64)])
+    assert torch.equal(shared.layer2[2].conv3.weight, model.layer2[2].conv3.weight)
+    assert 'layer2: the last 1x1 is not refitted' in str(shared.share_report)
+
+
+def test_controls_keep_the_kernel_and_groups_its_mean() -> None:
+    batches = [torch.randn(8, 3, 64, 64)]
+    for init in 'first', 'random':
+        torch.manual_seed(0)
+        one = share(create('resnet50', **NARROW), init=init)
+        torch.manual_seed(0)
+        two = share(create('resnet50', **NARROW), init=init, images=batches)
+        assert torch.equal(one.layer3.conv.weight, two.layer3.conv.weight)
+        assert not torch.equal(one.layer3[1].conv3.weight, two.layer3[1].conv3.weight)
+    model = create('resnext50_32x4d', layers=(1, 2, 1, 1))
+    one, two = share(model), share(model, images=batches)
+    assert torch.equal(one.layer2.conv.weight, two.layer2.conv.weight)
 
 
 def test_statistics_are_those_of_the_images() -> None:
     model = create('resnet164_cifar', layers=(3, 3, 3))
     batches = torch.randn(3, 8, 3, 32, 32).unbind()
     shared = share(model, images=[(batch, torch.zeros(8)) for batch in batches])
-    expected = share(model)
+    expected = copy.deepcopy(shared)
     for norm in (m for m in expected.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.reset_running_stats()
         norm.momentum = None
@@ -205,9 +279,13 @@ def test_statistics_are_those_of_the_images() -> None:
     assert all(norm.momentum == 0.1 and not norm.training for norm in norms)
 
 
-def test_no_images_are_an_error() -> None:
+@pytest.mark.parametrize('refit', [True, False])
+def test_without_refitting_images_may_come_from_a_generator_and_none_are_an_error(refit: bool) -> None:
+    model = create('resnet164_cifar', layers=(2, 2, 2)).train()
+    share(model, images=iter(torch.randn(2, 4, 3, 32, 32)), refit=refit)
+    assert all(m.training for m in model.modules()) and not model.norm.num_batches_tracked
     with pytest.raises(ValueError, match='images is empty'):
-        share(create('resnet164_cifar', layers=(2, 2, 2)), images=[])
+        share(model, images=[], refit=refit)
 
 
 # ---- A registered model

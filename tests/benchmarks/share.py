@@ -1,12 +1,13 @@
 """What a shared net keeps of a trained plain one, and what a warm start is worth, on CIFAR-10 with small images.
 
-    python tests/benchmarks/share.py data --output output/share --layers 6 6 6 --seeds 0
+    python tests/benchmarks/share.py data --output output/share --net preact-56 --seeds 0
 
-DATA has `train/CLASS/*.png` and `test/CLASS/*.png`. A plain pre-activation bottleneck net is trained; then, for each
-rate and kernel (`timm_sharesnet.share`), the accuracy on the test images is measured right after sharing, after the
-batch norms' statistics were estimated anew on 5,000 training images, and after some epochs of training (SGD, learning
-rate 0.05 linearly to 0). Controls: the plain net trained on equally long, the shared net trained from scratch for as
-many epochs in all, a random kernel with all else warm, and the plain net as teacher.
+DATA has `train/CLASS/*.png` and `test/CLASS/*.png`. A plain net is trained; then, for each rate and kernel
+(`timm_sharesnet.share`), the accuracy on the test images is measured right after sharing (copied), with kernels and
+last 1x1 refitted on 1,000 training images or the batch norms' statistics alone estimated on them, and after some epochs
+of training (SGD, learning rate 0.05 linearly to 0). Controls: the plain net trained on equally long, the shared net
+trained from scratch for as many epochs in all, a random kernel with all else warm, the plain net as teacher, and half
+the rate for the first third of the training.
 
 Each case is a row of tests/benchmarks/results/share-MACHINE-VERSIONS.csv, written when it is done; a row that is there
 is not measured again. Then the picture hub/share.svg is drawn of all rows, and a table printed. The plain nets are kept
@@ -15,10 +16,10 @@ in DIR. Exit code 0, or 2 for options that it does not know.
 
 import argparse
 import csv
+import itertools
 import platform
 import re
 import statistics
-import time
 from pathlib import Path
 
 import matplotlib
@@ -29,15 +30,21 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from timm.data import create_dataset
 
-from timm_sharesnet import share
+from timm_sharesnet import share, unshare
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-CASE = ['layers', 'px', 'seed', 'what', 'rate', 'init', 'teacher', 'plain_epochs', 'epochs']
-RESULT = ['parameters', 'top1_shared', 'top1_calibrated', 'top1', 'cosine', 'cosine_aligned', 'seconds']
-CALIBRATION = 5000
+# depth and kind: timm's name of the plain net, its arguments, and the size of the images
+NETS = {
+    'preact-56': ('resnet164_cifar', {'layers': (6, 6, 6)}, 16),
+    'preact-29': ('resnet164_cifar', {'layers': (3, 3, 3)}, 16),
+    'wide-40': ('wrn40_4', {'widen_factor': 1}, 16),
+    'resnet50-quarter': ('resnet50', {'channels': (16, 32, 64, 128), 'num_classes': 10}, 64),
+}
+CASE = ['net', 'seed', 'what', 'rate', 'init', 'refit', 'teacher', 'plain_epochs', 'epochs']
+RESULT = ['parameters', 'top1_shared', 'top1', 'cosine', 'cosine_aligned']
+CALIBRATION = 1000
 RESULTS = Path(__file__).with_name('results')
 PICTURE = Path(__file__).parents[2] / 'hub' / 'share.svg'
-COLOURS = {'align': '#c44e52', 'mean': '#dd8452', 'first': '#8172b3', 'random': '#937860', '': '#4c72b0'}
 
 
 def load(folder, px):
@@ -64,8 +71,9 @@ def augment(images, generator):
     return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def train(model, data, epochs, peak, warmup, seed, teacher=None, batch_size=128):
-    """SGD with a learning rate that rises to `peak` over the part `warmup` of the steps, and falls linearly to 0."""
+def train(model, data, epochs, peak, warmup, seed, teacher=None, span=(0.0, 1.0), batch_size=128):
+    """SGD with a learning rate that rises to `peak` over the part `warmup` of the steps, and falls linearly to 0. Of
+    these steps, those from one part to another (`span`)."""
     images, labels = data
     generator = torch.Generator().manual_seed(seed)
     model.to(memory_format=torch.channels_last).train()
@@ -75,8 +83,9 @@ def train(model, data, epochs, peak, warmup, seed, teacher=None, batch_size=128)
     optimizer = torch.optim.SGD(groups, lr=peak, momentum=0.9, nesterov=True)
     per_epoch = len(images) // batch_size
     steps = epochs * per_epoch
-    for step in range(steps):
-        if step % per_epoch == 0:
+    order = None
+    for step in range(round(span[0] * steps), round(span[1] * steps)):
+        if order is None or step % per_epoch == 0:
             order = torch.randperm(len(images), generator=generator)
         part = step / steps
         rate = peak * (part / warmup if part < warmup else (1 - part) / (1 - warmup))
@@ -110,9 +119,10 @@ def accuracy(model, data):
 
 def plain_net(args, seed, training, test):
     """The trained plain net, from its file if it is there."""
-    path = args.output / f'plain-{"-".join(map(str, args.layers))}-{args.px}px-{args.plain_epochs}-{seed}.pth'
+    path = args.output / f'{args.net}-{args.plain_epochs}-{seed}.pth'
+    name, kwargs, _ = NETS[args.net]
     torch.manual_seed(seed)
-    model = timm.create_model('resnet164_cifar', layers=tuple(args.layers))
+    model = timm.create_model(name, **kwargs)
     if path.is_file():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
@@ -122,42 +132,54 @@ def plain_net(args, seed, training, test):
 
 
 def cases(args):
-    """What is measured, the most telling first: (what, rate, init, teacher, epochs)."""
+    """What is measured, the most telling first: (what, rate, init, refit, teacher, epochs)."""
+    yield 'plain', 0.0, '', False, False, 0
+    for init, refit in itertools.product(('align', 'mean', 'first', 'random'), (True, False)):
+        yield 'share', 1.0, init, refit, False, 0
+    for rate, refit in itertools.product((0.75, 0.5, 0.25), (True, False)):
+        yield 'share', rate, 'align', refit, False, 0
     for epochs in args.epochs:
-        yield 'plain', 0.0, '', False, epochs
-        for init in ('align', 'random', 'mean', 'first'):
-            yield 'share', 1.0, init, False, epochs
-        for rate in (0.75, 0.5, 0.25):
-            yield 'share', rate, 'align', False, epochs
-        yield 'share', 1.0, 'align', True, epochs
-        yield 'scratch', 1.0, '', False, epochs
+        yield 'plain', 0.0, '', False, False, epochs
+        for init, refit in ('align', True), ('align', False), ('mean', False), ('random', False), ('first', False):
+            yield 'share', 1.0, init, refit, False, epochs
+        for rate, refit in itertools.product((0.75, 0.5, 0.25), (True, False)):
+            yield 'share', rate, 'align', refit, False, epochs
+        for refit in True, False:
+            yield 'share', 1.0, 'align', refit, True, epochs
+        yield 'steps', 1.0, 'align', True, False, epochs
+        yield 'scratch', 1.0, '', False, False, epochs
 
 
 def measure(case, args, plain, training, test, seed):
     """The row of a case."""
-    what, rate, init, teacher, epochs = case
-    start, row = time.perf_counter(), {}
+    what, rate, init, refit, teacher, epochs = case
+    row = {}
     torch.manual_seed(seed)
     if what == 'scratch':
-        model = timm.create_model('sharesnet164_cifar', layers=tuple(args.layers), share_rate=rate)
+        name, kwargs, _ = NETS[args.net]
+        model = share(timm.create_model(name, **kwargs), rate, 'random')
         train(model, training, args.plain_epochs + epochs, 0.2, 0.15, seed)
     elif what == 'plain':
         model = share(plain, 0.0)
         row['top1_shared'] = accuracy(model, test)
         train(model, training, epochs, 0.05, 0.0, seed)
     else:
-        row['top1_shared'] = accuracy(share(plain, rate, init), test)
-        step = len(training[0]) // CALIBRATION
-        chosen = normalize(training[0][::step])
-        model = share(plain, rate, init, images=chosen.split(500))
-        row['top1_calibrated'] = accuracy(model, test)
-        merges = model.share_report.merges
-        row['cosine'] = round(statistics.mean([m.before for m in merges]), 3)
-        row['cosine_aligned'] = round(statistics.mean([m.after for m in merges]), 3)
-        train(model, training, epochs, 0.05, 0.0, seed, plain if teacher else None)
+        chosen = normalize(training[0][:: len(training[0]) // CALIBRATION]).split(100)
+        if what == 'steps':  # half the rate for a third of the time
+            model = share(plain, rate / 2, init, chosen, refit)
+            train(model, training, epochs, 0.05, 0.0, seed, span=(0, 1 / 3))
+            model = share(unshare(model), rate, init, chosen, refit)
+            train(model, training, epochs, 0.05, 0.0, seed, span=(1 / 3, 1))
+        else:
+            model = share(plain, rate, init, chosen, refit)
+            if not epochs:
+                row['top1_shared'] = accuracy(share(plain, rate, init), test)
+                merges = model.share_report.merges
+                row['cosine'] = round(statistics.mean([m.before for m in merges]), 3)
+                row['cosine_aligned'] = round(statistics.mean([m.after for m in merges]), 3)
+            train(model, training, epochs, 0.05, 0.0, seed, plain if teacher else None)
     row['top1'] = accuracy(model, test)
-    row['parameters'] = sum(p.numel() for p in model.parameters())
-    return row | {'seconds': round(time.perf_counter() - start)}
+    return row | {'parameters': sum(p.numel() for p in model.parameters())}
 
 
 def results_file():
@@ -167,47 +189,83 @@ def results_file():
 
 
 def table(rows):
-    """The rows in Markdown, the mean over the seeds."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(tuple(row[k] for k in CASE if k != 'seed'), []).append(row)
-    lines = [
-        '| net | rate | kernel | epochs | parameters | right after | + statistics | + epochs |',
-        '| --- ' * 8 + '|',
-    ]
-    for group in groups.values():
-        row = group[0]
-        tops = [_mean(group, key) for key in ('top1_shared', 'top1_calibrated', 'top1')]
-        what = row['what'] + (', with teacher' if row['teacher'] == '1' else '')
-        cells = [what, row['rate'], row['init'] or '-', row['epochs'], f'{int(row["parameters"]):,}', *tops]
-        lines.append(f'| {" | ".join(cells)} |')
+    """The rows in Markdown, a table a net, each figure the mean over the seeds with their number."""
+    lines = []
+    epochs = sorted({row['epochs'] for row in rows}, key=int)
+    for net in dict.fromkeys(row['net'] for row in rows):
+        title = [net, 'parameters', 'not trained', *(f'+ {n} epochs' for n in epochs[1:])]
+        lines += ['', f'| {" | ".join(title)} |', '| --- ' * len(title) + '|']
+        lines += [f'| {" | ".join(line)} |' for line in _lines([row for row in rows if row['net'] == net], epochs)]
     return '\n'.join(lines)
 
 
-def _mean(rows, key):
-    values = [float(row[key]) for row in rows if row[key] not in ('', None)]
-    return f'{statistics.mean(values):.2f}' if values else '-'
+def _lines(rows, epochs):
+    def order(row):
+        init = ['', 'align', 'mean', 'first', 'random'].index(row['init'])
+        what = ['plain', 'share', 'steps', 'scratch'].index(row['what'])
+        return what, row['teacher'], float(row['rate']), init, -int(row['refit'])
+
+    kinds = {
+        tuple(row[k] for k in ('what', 'rate', 'init', 'refit', 'teacher')): row for row in sorted(rows, key=order)
+    }
+    for kind, row in kinds.items():
+        what, rate, init, refit, teacher = kind
+        name = f'{float(rate):g}, {"aligned" if init == "align" else init}{", refitted" if refit == "1" else ""}'
+        name = {'plain': 'the plain net', 'scratch': f'{float(rate):g}, from scratch'}.get(what, name)
+        name += {'1': ', with teacher'}.get(teacher, '') + {'steps': ', in two steps'}.get(what, '')
+        cells = [name, f'{int(row["parameters"]):,}']
+        for n in epochs:
+            group = [r for r in rows if tuple(r[k] for k in ('what', 'rate', 'init', 'refit', 'teacher')) == kind]
+            group = [r for r in group if r['epochs'] == n]
+            cells.append(f'{mean(group):.2f} ({len(group)})' if group else '-')
+        yield cells
+
+
+def grouped(rows, **values):
+    """The rows with these values, those in one list that differ in the seed alone."""
+    groups = {}
+    for row in rows:
+        if all(row[key] == value for key, value in values.items()):
+            groups.setdefault(tuple(row[k] for k in CASE if k != 'seed'), []).append(row)
+    return list(groups.values())
+
+
+def mean(rows, key='top1'):
+    return statistics.mean([float(row[key]) for row in rows])
 
 
 def draw(rows):
-    """Accuracy against parameters: with statistics estimated anew (hollow), and after the longest training (filled)."""
+    """Accuracy against parameters before and after training, and against the epochs for each kernel."""
     matplotlib.rcParams.update({'svg.hashsalt': 'share', 'svg.fonttype': 'none'})
-    figure = Figure(figsize=(7, 4), layout='constrained')
-    axes = figure.subplots()
-    longest = max((row['epochs'] for row in rows), key=int)
-    for row in (row for row in rows if row['teacher'] == '0' and row['epochs'] == longest):
-        x, colour = int(row['parameters']) / 1e6, COLOURS[row['init']]
-        label = row['init'] or {'plain': 'plain net, trained on', 'scratch': 'from scratch'}[row['what']]
-        axes.plot(x, float(row['top1']), 'o' if row['what'] != 'scratch' else 's', color=colour, label=label)
-        if row['top1_calibrated'] not in ('', None):
-            axes.plot(x, float(row['top1_calibrated']), 'o', color=colour, mfc='none')
-        if row['init'] == 'align':
-            axes.annotate(f'rate {row["rate"]}', (x, float(row['top1'])), xytext=(0, 7), textcoords='offset points')
-    axes.set(xlabel='parameters, M', ylabel='CIFAR-10 at 16 px, top-1, %')
-    axes.grid(alpha=0.3)
-    axes.spines[['top', 'right']].set_visible(False)
-    labels = {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    axes.legend(labels.values(), labels.keys(), frameon=False, title='filled: + epochs, hollow: + statistics')
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    left, right = figure.subplots(1, 2, sharey=True)
+    rows = [row for row in rows if row['net'] == 'preact-56' and row['teacher'] == '0']
+    refitted = grouped(rows, what='share', init='align', refit='1')
+    plain = grouped(rows, what='plain')
+    for epochs, colour in zip(('0', '1', '3', '8'), ('#8c8c8c', '#dd8452', '#c44e52', '#4c72b0'), strict=True):
+        points = [g for g in [*refitted, *plain] if g[0]['epochs'] == epochs]
+        points.sort(key=lambda g: float(g[0]['rate']))
+        x = [int(g[0]['parameters']) / 1e6 for g in points]
+        label = f'+ {epochs} epochs' if epochs != '0' else 'not trained'
+        left.plot(x, [mean(g) for g in points], 'o-', color=colour, label=label)
+        if epochs == '0':
+            for g, x_ in zip(points, x, strict=True):
+                left.annotate(f'rate {g[0]["rate"]}', (x_, mean(g)), xytext=(0, -14), textcoords='offset points')
+    left.set(xlabel='parameters, M', ylabel='CIFAR-10 at 16 px, top-1, %', title='aligned and refitted')
+    lines = [('plain net', plain, '#4c72b0'), ('aligned, refitted', refitted, '#c44e52')]
+    for init, colour in ('align', '#dd8452'), ('mean', '#8172b3'), ('first', '#937860'), ('random', '#8c8c8c'):
+        label = {'align': 'aligned'}.get(init, init)
+        lines.append((f'{label}, statistics', grouped(rows, what='share', rate='1.0', init=init, refit='0'), colour))
+    for label, groups, colour in lines:
+        groups = sorted((g for g in groups if g[0]['rate'] in '0.0 1.0'.split()), key=lambda g: int(g[0]['epochs']))
+        x = [int(g[0]['epochs']) for g in groups]
+        right.plot(x, [mean(g) for g in groups], 'o-', color=colour, label=label)
+    right.set(xlabel='epochs of training after sharing', title='rate 1', xticks=[0, 1, 3, 8])
+    for axes in left, right:
+        axes.grid(alpha=0.3)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.legend(frameon=False, loc='lower right')
+    left.set_ylim(bottom=55)
     figure.savefig(PICTURE, metadata={'Date': None})
 
 
@@ -215,27 +273,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data', type=Path, metavar='DATA')
     parser.add_argument('--output', type=Path, required=True, metavar='DIR')
-    parser.add_argument('--layers', type=int, nargs=3, default=[6, 6, 6])
-    parser.add_argument('--px', type=int, default=16)
+    parser.add_argument('--net', choices=NETS, default='preact-56')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
     parser.add_argument('--plain-epochs', type=int, default=8)
-    parser.add_argument('--epochs', type=int, nargs='+', default=[3, 1, 8], help='of training after sharing')
+    parser.add_argument('--epochs', type=int, nargs='*', default=[1, 3, 8], help='of training after sharing')
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     path = results_file()
     rows = list(csv.DictReader(path.open())) if path.exists() else []
     done = {tuple(row[k] for k in CASE) for row in rows}
-    training, test = (load(args.data / split, args.px) for split in ('train', 'test'))
+    training, test = (load(args.data / split, NETS[args.net][2]) for split in ('train', 'test'))
     for seed in args.seeds:
         plain = plain_net(args, seed, training, test)
         print(f'seed {seed}: plain net {accuracy(plain, test)} %', flush=True)
         for case in cases(args):
-            what, rate, init, teacher, epochs = case
-            layers = '-'.join(map(str, args.layers))
-            values = (layers, args.px, seed, what, rate, init, int(teacher), args.plain_epochs, epochs)
+            what, rate, init, refit, teacher, epochs = case
+            values = (args.net, seed, what, rate, init, int(refit), int(teacher), args.plain_epochs, epochs)
             key = dict(zip(CASE, map(str, values), strict=True))
             if tuple(key.values()) not in done:
-                rows.append(key | measure(case, args, plain, training, test, seed))
+                result = measure(case, args, plain, training, test, seed)
+                rows.append(key | {name: str(value) for name, value in result.items()})
                 print(rows[-1], flush=True)
                 with path.open('w', newline='') as file:
                     writer = csv.DictWriter(file, CASE + RESULT, restval='', lineterminator='\n')

@@ -1,0 +1,261 @@
+"""What a shared net is given by images without labels: kernels, the last 1x1 of its blocks, batch norm statistics.
+
+* A shared kernel is the one whose outputs are nearest to those of the kernels that it stands for, each on its block's
+  inputs in the plain net: their mean, weighted by the inputs' second moments (RegMean of `Dataless Knowledge Fusion by
+  Merging Weights of Language Models` - https://arxiv.org/abs/2212.09849).
+* The last 1x1 of each block is refitted by ridge regression, block after block.
+"""
+
+import contextlib
+import copy
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from huggingface_hub.utils import tqdm
+from timm.layers import DropPath
+from timm.models.resnet import ResNet
+
+from .fold import double
+from .stage import is_plain
+
+_RIDGE_KERNEL, _RIDGE = 0.1, 0.01  # relative to the mean second moment of an input
+_POSITIONS = 8  # of a kernel, along each side of an image: all would say little more
+
+
+class Fit(NamedTuple):
+    """What is fitted for blocks that share a kernel.
+
+    Args:
+        stage: Name of the stage.
+        blocks: Indices of the blocks.
+        kernels: The kernel (C, C, 3, 3) that each would have for itself, None if the shared one is to stay.
+        scaled: Whether a batch norm after it makes the kernel's scale free.
+    """
+
+    stage: str
+    blocks: Tuple[int, ...]
+    kernels: Optional[List[torch.Tensor]]
+    scaled: bool
+
+
+class _Place(NamedTuple):
+    """A block of the plain net, that of the shared one, and the 3x3 that it shares with others, if it does."""
+
+    plain: Any
+    block: Any
+    conv: Optional[nn.Module] = None
+    kernel: Optional[torch.Tensor] = None
+    scaled: bool = False
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    plain: nn.Module,
+    stages: Iterable[str],
+    fits: Sequence[Fit],
+    images: Iterable[Any],
+    progress: bool,
+) -> None:
+    """Fit what blocks share and their last 1x1, and estimate the statistics of all batch norms anew.
+
+    Args:
+        model: Shared net, changed in place. It has the plain net's statistics.
+        plain: Net that it was made of.
+        stages: Names of the stages.
+        fits: What to fit. If empty, images are taken one batch after the other.
+        images: As for `share`.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: If there are no images.
+    """
+    device = next(model.parameters()).device
+    bar = tqdm(images, 'images', unit='batch', disable=not progress)
+    batches: Iterable[torch.Tensor] = ((x[0] if isinstance(x, (list, tuple)) else x).to(device) for x in bar)
+    if fits:
+        batches = list(batches)
+        plain = copy.deepcopy(plain)
+        with _evaluating(model), _evaluating(plain):
+            places = [place for name in stages for place in _places(model, plain, name, fits)]
+            inputs = [_stem(plain, x) for x in batches]
+            _fit_kernels(tqdm(places, 'kernels', unit='block', disable=not progress), inputs)
+            _fit_last(tqdm(places, 'last 1x1', unit='block', disable=not progress), inputs)
+    count = 0
+    with _estimating(model):
+        for batch in batches:
+            model(batch)
+            count += 1
+    if not count:
+        raise ValueError('images is empty, and the statistics of the batch norms cannot be estimated.')
+
+
+def _places(model: Any, plain: Any, name: str, fits: Sequence[Fit]) -> Iterator[_Place]:
+    stage = model.get_submodule(name)
+    fits = [fit for fit in fits if fit.stage == name]
+    for i, (original, block) in enumerate(zip(plain.get_submodule(name), stage, strict=True)):
+        fit = next((fit for fit in fits if i in fit.blocks), None)
+        if fit is None:
+            yield _Place(original, block, stage.conv_of(i))
+        else:
+            kernel = None if fit.kernels is None else fit.kernels[fit.blocks.index(i)]
+            yield _Place(original, block, stage.conv_of(i), kernel, fit.scaled)
+
+
+def _stem(model: Any, x: torch.Tensor) -> torch.Tensor:
+    x = model.conv1(x)
+    return model.maxpool(model.act1(model.bn1(x))) if isinstance(model, ResNet) else x
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+@contextlib.contextmanager
+def _estimating(module: nn.Module) -> Iterator[None]:
+    """Within it, a module's batch norms collect new statistics, the mean over the batches that it is called with."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = {norm: norm.momentum for norm in norms}
+    with _evaluating(module):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean
+            norm.train()
+        try:
+            yield
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
+
+
+@contextlib.contextmanager
+def _seen(module: nn.Module) -> Iterator[List[Tuple[torch.Tensor, torch.Tensor]]]:
+    """The inputs and outputs of a module, call by call, as they were then."""
+    seen: List[Tuple[torch.Tensor, torch.Tensor]] = []
+    hook = module.register_forward_hook(lambda _, x, y: seen.append((x[0].clone(), y.clone())))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def _ridge(moments: torch.Tensor, strength: float) -> torch.Tensor:
+    return moments + strength * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype)
+
+
+# ---- The shared kernels
+
+
+def _fit_kernels(places: Iterable[_Place], inputs: Sequence[torch.Tensor]) -> None:
+    """Set the kernels that blocks share, given the inputs of the first block.
+
+    The blocks still compute, up to their 3x3, what the plain net's do.
+    """
+    inputs = list(inputs)
+    sums: Dict[nn.Module, Tuple[torch.Tensor, torch.Tensor]] = {}
+    scaled = {}
+    for place in places:
+        if place.conv is not None and place.kernel is not None:
+            moments = _ridge(_second_moments(place, inputs), _RIDGE_KERNEL)
+            product = place.kernel.flatten(1) @ moments
+            total, products = sums.get(place.conv, (torch.zeros_like(moments), torch.zeros_like(product)))
+            sums[place.conv] = total + moments, products + product
+            scaled[place.conv] = place.scaled
+        for i, x in enumerate(inputs):
+            inputs[i] = place.plain(x)
+    for conv, (total, products) in sums.items():
+        weight: Any = conv.weight
+        kernel = torch.linalg.solve(total, products.T).T.view_as(weight)
+        if scaled[conv]:  # it stays as large as it was, as its learning rate is
+            kernel = kernel * (double(weight).norm() / kernel.norm())
+        weight.copy_(kernel)
+
+
+def _second_moments(place: _Place, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Second moments (9 C, 9 C) of the inputs of a block's 3x3 in the plain net."""
+    conv: Any = place.conv
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for x in inputs:
+        with _seen(conv) as seen:
+            place.block(x, conv)
+        x = seen[0][0]
+        stride = max(1, x.shape[-2] // _POSITIONS), max(1, x.shape[-1] // _POSITIONS)
+        x = F.unfold(x.float(), 3, conv.dilation, conv.padding, stride).transpose(0, 1).flatten(1)
+        total = total + double(x @ x.T)
+        count += x.shape[1]
+    return total / count
+
+
+# ---- The last 1x1
+
+
+def _fit_last(places: Iterable[_Place], inputs: Sequence[torch.Tensor]) -> None:
+    """Fit the last 1x1 of blocks that share, one after the other, each so that the sum of branch and shortcut is that
+    of the plain net: what went wrong in the blocks before is made good as far as it can be."""
+    pairs = [(x, x) for x in inputs]
+    for place in places:
+        with _estimating(place.block):
+            for _, x in pairs:
+                place.block(x, place.conv)
+        if place.conv is not None and can_fit(place.block):
+            _fit(place, pairs)
+            with _estimating(place.block):
+                for _, x in pairs:
+                    place.block(x, place.conv)
+        for i, (a, b) in enumerate(pairs):
+            pairs[i] = place.plain(a), place.block(b, place.conv)
+
+
+def _after_conv3(block: Any) -> List[str]:
+    """Names of the layers of the branch after the last 1x1."""
+    names = block.branch[block.branch.index('conv3') + 1 :]
+    return [n for n in names if not isinstance(getattr(block, n), (nn.Identity, DropPath, type(None)))]
+
+
+def can_fit(block: Any) -> bool:
+    """Whether a block has a last 1x1, with a batch norm or nothing after it."""
+    if 'conv3' not in block.branch or not is_plain(block.conv3):
+        return False
+    norms = [getattr(block, name) for name in _after_conv3(block)[:1]]
+    return all(type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats for norm in norms)
+
+
+def _fit(place: _Place, pairs: Sequence[Tuple[torch.Tensor, torch.Tensor]]) -> None:
+    conv3, names = place.block.conv3, _after_conv3(place.block)
+    count, xx, yx, x_sum, y_sum = 0, *[torch.zeros((), dtype=torch.float64)] * 4
+    for a, b in pairs:
+        with _seen(getattr(place.plain, names[0] if names else 'conv3')) as outputs, _seen(conv3) as inputs:
+            place.plain(a)
+            place.block(b, place.conv)
+        y, x = outputs[0][1], inputs[0][0]
+        if len(names) < 2:  # else there is an attention that the difference would have to come through
+            y = y + _shortcut(place.plain, a) - _shortcut(place.block, b)
+        y, x = (t.float().transpose(0, 1).flatten(1) for t in (y, x))
+        xx, yx = xx + double(x @ x.T), yx + double(y @ x.T)
+        x_sum, y_sum = x_sum + double(x.sum(1)), y_sum + double(y.sum(1))
+        count += x.shape[1]
+    x_mean, y_mean = x_sum / count, y_sum / count
+    cov = xx / count - torch.outer(x_mean, x_mean)
+    weight = torch.linalg.solve(_ridge(cov, _RIDGE), (yx / count - torch.outer(y_mean, x_mean)).T).T
+    if names:  # the scale is the norm's, and the weight stays as large as it was, as its learning rate is
+        norm, old = getattr(place.block, names[0]), double(conv3.weight).flatten(1)
+        scale = old.norm(dim=1) / weight.norm(dim=1)
+        dead = ~scale.isfinite() | (scale == 0)  # the plain net's output is constant
+        weight = torch.where(dead[:, None], old, weight * scale[:, None])
+        std = (((weight @ cov) * weight).sum(1) + norm.eps).sqrt()
+        norm.weight.copy_(torch.where(dead, 0.0, std / scale))
+        norm.bias.copy_(y_mean)
+    conv3.weight.copy_(weight[:, :, None, None])
+
+
+def _shortcut(block: Any, x: torch.Tensor) -> torch.Tensor:
+    return x if block.downsample is None else block.downsample(x)
