@@ -40,6 +40,9 @@ class Fit(NamedTuple):
     scaled: bool
 
 
+Pair = Tuple[torch.Tensor, torch.Tensor]
+
+
 class _Place(NamedTuple):
     """A block of the plain net, that of the shared one, and the 3x3 that it shares with others, if it does."""
 
@@ -138,9 +141,9 @@ def _estimating(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _seen(module: nn.Module) -> Iterator[List[Tuple[torch.Tensor, torch.Tensor]]]:
+def _seen(module: nn.Module) -> Iterator[List[Pair]]:
     """The inputs and outputs of a module, call by call, as they were then."""
-    seen: List[Tuple[torch.Tensor, torch.Tensor]] = []
+    seen: List[Pair] = []
     hook = module.register_forward_hook(lambda _, x, y: seen.append((x[0].clone(), y.clone())))
     try:
         yield seen
@@ -161,7 +164,7 @@ def _fit_kernels(places: Iterable[_Place], inputs: Sequence[torch.Tensor]) -> No
     The blocks still compute, up to their 3x3, what the plain net's do.
     """
     inputs = list(inputs)
-    sums: Dict[nn.Module, Tuple[torch.Tensor, torch.Tensor]] = {}
+    sums: Dict[nn.Module, Pair] = {}
     scaled = {}
     for place in places:
         if place.conv is not None and place.kernel is not None:
@@ -199,15 +202,18 @@ def _second_moments(place: _Place, inputs: Sequence[torch.Tensor]) -> torch.Tens
 
 
 def _fit_last(places: Iterable[_Place], inputs: Sequence[torch.Tensor]) -> None:
-    """Fit the last 1x1 of blocks that share, one after the other, each so that the sum of branch and shortcut is that
-    of the plain net: what went wrong in the blocks before is made good as far as it can be."""
+    """Fit the last 1x1 of blocks that share, or the batch norm after the 3x3, one block after the other, each so that
+    the sum of branch and shortcut is that of the plain net: what went wrong before is made good as far as it can be."""
     pairs = [(x, x) for x in inputs]
     for place in places:
         with _estimating(place.block):
             for _, x in pairs:
                 place.block(x, place.conv)
         if place.conv is not None and can_fit(place.block):
-            _fit(place, pairs)
+            if 'conv3' in place.block.branch:
+                _fit_conv3(place, pairs)
+            else:
+                _fit_norm(place, pairs)
             with _estimating(place.block):
                 for _, x in pairs:
                     place.block(x, place.conv)
@@ -215,31 +221,43 @@ def _fit_last(places: Iterable[_Place], inputs: Sequence[torch.Tensor]) -> None:
             pairs[i] = place.plain(a), place.block(b, place.conv)
 
 
-def _after_conv3(block: Any) -> List[str]:
-    """Names of the layers of the branch after the last 1x1."""
-    names = block.branch[block.branch.index('conv3') + 1 :]
+def _after(block: Any) -> List[str]:
+    """Names of the layers of the branch after the last convolution."""
+    names = block.branch[block.branch.index('conv3' if 'conv3' in block.branch else 'conv2') + 1 :]
     return [n for n in names if not isinstance(getattr(block, n), (nn.Identity, DropPath, type(None)))]
 
 
 def can_fit(block: Any) -> bool:
-    """Whether a block has a last 1x1, with a batch norm or nothing after it."""
-    if 'conv3' not in block.branch or not is_plain(block.conv3):
+    """Whether a block has a last 1x1 with a batch norm or nothing after it, or else a batch norm after its 3x3."""
+    norms = [getattr(block, name) for name in _after(block)[:1]]
+    if not all(type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats for norm in norms):
         return False
-    norms = [getattr(block, name) for name in _after_conv3(block)[:1]]
-    return all(type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats for norm in norms)
+    return is_plain(block.conv3) if 'conv3' in block.branch else bool(norms)
 
 
-def _fit(place: _Place, pairs: Sequence[Tuple[torch.Tensor, torch.Tensor]]) -> None:
-    conv3, names = place.block.conv3, _after_conv3(place.block)
-    count, xx, yx, x_sum, y_sum = 0, *[torch.zeros((), dtype=torch.float64)] * 4
+def _samples(place: _Place, pairs: Sequence[Pair], name: str) -> Iterator[Pair]:
+    """The inputs (C_in, N) of a layer, and what the branch's last batch norm (or else convolution) should give
+    (C_out, N), a batch each."""
+    names = _after(place.block)
     for a, b in pairs:
-        with _seen(getattr(place.plain, names[0] if names else 'conv3')) as outputs, _seen(conv3) as inputs:
+        with _seen(getattr(place.plain, names[0] if names else name)) as outputs:
             place.plain(a)
+        with _seen(getattr(place.block, name)) as inputs:
             place.block(b, place.conv)
-        y, x = outputs[0][1], inputs[0][0]
+        y = outputs[0][1]
         if len(names) < 2:  # else there is an attention that the difference would have to come through
             y = y + _shortcut(place.plain, a) - _shortcut(place.block, b)
-        y, x = (t.float().transpose(0, 1).flatten(1) for t in (y, x))
+        yield inputs[0][0].float().transpose(0, 1).flatten(1), y.float().transpose(0, 1).flatten(1)
+
+
+def _shortcut(block: Any, x: torch.Tensor) -> torch.Tensor:
+    return x if block.downsample is None else block.downsample(x)
+
+
+def _fit_conv3(place: _Place, pairs: Sequence[Pair]) -> None:
+    conv3, names = place.block.conv3, _after(place.block)
+    count, xx, yx, x_sum, y_sum = 0, *[torch.zeros((), dtype=torch.float64)] * 4
+    for x, y in _samples(place, pairs, 'conv3'):
         xx, yx = xx + double(x @ x.T), yx + double(y @ x.T)
         x_sum, y_sum = x_sum + double(x.sum(1)), y_sum + double(y.sum(1))
         count += x.shape[1]
@@ -257,5 +275,14 @@ def _fit(place: _Place, pairs: Sequence[Tuple[torch.Tensor, torch.Tensor]]) -> N
     conv3.weight.copy_(weight[:, :, None, None])
 
 
-def _shortcut(block: Any, x: torch.Tensor) -> torch.Tensor:
-    return x if block.downsample is None else block.downsample(x)
+def _fit_norm(place: _Place, pairs: Sequence[Pair]) -> None:
+    name = _after(place.block)[0]
+    norm = getattr(place.block, name)
+    count, xx, xy, x_sum, y_sum = 0, *[torch.zeros((), dtype=torch.float64)] * 4
+    for x, y in _samples(place, pairs, name):
+        xx, xy = xx + double((x * x).sum(1)), xy + double((x * y).sum(1))
+        x_sum, y_sum = x_sum + double(x.sum(1)), y_sum + double(y.sum(1))
+        count += x.shape[1]
+    x_mean, y_mean = x_sum / count, y_sum / count
+    norm.weight.copy_((xy / count - x_mean * y_mean) / (xx / count - x_mean**2 + norm.eps).sqrt())
+    norm.bias.copy_(y_mean)

@@ -108,9 +108,9 @@ def share(
             thousand images will do. The statistics of all batch norms are estimated anew; without, any merged net is
             near chance until it is trained.
         refit: Before that, given `images`, set each shared kernel (of 'align' and 'mean') to the one whose outputs are
-            nearest to those that it stands for, and refit the last 1x1 of a block, one after the other, so that its
-            output is the plain net's again, by ridge regression. It keeps all images and twice one block's outputs for
-            them: 7 MB an image of 224 x 224 with ResNet-50.
+            nearest to those that it stands for, and refit the last 1x1 of a bottleneck, or the last batch norm of a
+            basic block, one after the other, so that its output is the plain net's again, by ridge regression. It keeps
+            all images and twice one block's outputs for them: 7 MB an image of 224 x 224 with ResNet-50.
         progress: Show progress bars.
 
     Returns:

@@ -39,6 +39,7 @@ NETS = {
     'preact-29': ('resnet164_cifar', {'layers': (3, 3, 3)}, 16),
     'wide-40': ('wrn40_4', {'widen_factor': 1}, 16),
     'resnet50-quarter': ('resnet50', {'channels': (16, 32, 64, 128), 'num_classes': 10}, 64),
+    'resnet34-quarter': ('resnet34', {'channels': (16, 32, 64, 128), 'num_classes': 10}, 64),
 }
 CASE = ['net', 'seed', 'what', 'rate', 'init', 'refit', 'teacher', 'plain_epochs', 'epochs']
 RESULT = ['parameters', 'top1_shared', 'top1', 'cosine', 'cosine_aligned']
