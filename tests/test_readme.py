@@ -48,6 +48,17 @@ def test_table_of_models_is_the_one_of_the_results_file(monkeypatch: pytest.Monk
     assert f'[CSV](hub/{path.name})' in README.read_text()
 
 
+def test_tables_of_sharing_are_those_of_the_results_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(README.parent / 'tests' / 'benchmarks'))
+    import share
+
+    (path,) = share.RESULTS.glob('share-*.csv')
+    with path.open(newline='') as file:
+        overview, first, *_ = share.table(list(csv.DictReader(file))).split('\n\n')
+    assert first.startswith('| preact-56 |')
+    assert f'\n{overview}\n' in README.read_text() and f'\n{first}\n' in README.read_text()
+
+
 @pytest.mark.parametrize('repository', ['', 'https://github.com/org/timm-sharesnet'])
 def test_relative_links_are_absolute_on_pypi_once_the_repository_has_an_address(repository: str) -> None:
     code = (README.parent / '.ci' / 'metadata_hook.py').read_text()

@@ -280,10 +280,11 @@ def test_statistics_are_those_of_the_images() -> None:
 
 
 @pytest.mark.parametrize('refit', [True, False])
-def test_without_refitting_images_may_come_from_a_generator_and_none_are_an_error(refit: bool) -> None:
-    model = create('resnet164_cifar', layers=(2, 2, 2)).train()
-    share(model, images=iter(torch.randn(2, 4, 3, 32, 32)), refit=refit)
-    assert all(m.training for m in model.modules()) and not model.norm.num_batches_tracked
+def test_images_may_come_from_a_generator_and_none_are_an_error(refit: bool) -> None:
+    model = create('resnet164_cifar', layers=(3, 3, 3)).train()
+    shared = share(model, images=iter(torch.randn(2, 4, 3, 32, 32)), refit=refit)
+    assert all(m.training for m in (*model.modules(), *shared.modules()))
+    assert shared.norm.num_batches_tracked == 2 and not model.norm.num_batches_tracked
     with pytest.raises(ValueError, match='images is empty'):
         share(model, images=[], refit=refit)
 

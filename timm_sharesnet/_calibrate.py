@@ -3,7 +3,8 @@
 * A shared kernel is the one whose outputs are nearest to those of the kernels that it stands for, each on its block's
   inputs in the plain net: their mean, weighted by the inputs' second moments (RegMean of `Dataless Knowledge Fusion by
   Merging Weights of Language Models` - https://arxiv.org/abs/2212.09849).
-* The last 1x1 of each block is refitted by ridge regression, block after block.
+* The last 1x1 of each bottleneck is refitted by ridge regression, in a basic block the last batch norm, one block after
+  the other.
 """
 
 import contextlib
@@ -78,8 +79,7 @@ def calibrate(
     device = next(model.parameters()).device
     bar = tqdm(images, 'images', unit='batch', disable=not progress)
     batches: Iterable[torch.Tensor] = ((x[0] if isinstance(x, (list, tuple)) else x).to(device) for x in bar)
-    if fits:
-        batches = list(batches)
+    if fits and (batches := list(batches)):
         plain = copy.deepcopy(plain)
         with _evaluating(model), _evaluating(plain):
             places = [place for name in stages for place in _places(model, plain, name, fits)]
@@ -284,5 +284,5 @@ def _fit_norm(place: _Place, pairs: Sequence[Pair]) -> None:
         x_sum, y_sum = x_sum + double(x.sum(1)), y_sum + double(y.sum(1))
         count += x.shape[1]
     x_mean, y_mean = x_sum / count, y_sum / count
-    norm.weight.copy_((xy / count - x_mean * y_mean) / (xx / count - x_mean**2 + norm.eps).sqrt())
+    norm.weight.copy_((xy / count - x_mean * y_mean) / ((xx / count - x_mean**2).clamp(min=0) + norm.eps).sqrt())
     norm.bias.copy_(y_mean)

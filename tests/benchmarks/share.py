@@ -44,6 +44,7 @@ NETS = {
 CASE = ['net', 'seed', 'what', 'rate', 'init', 'refit', 'teacher', 'plain_epochs', 'epochs']
 RESULT = ['parameters', 'top1_shared', 'top1', 'cosine', 'cosine_aligned']
 CALIBRATION = 1000
+EPOCHS = {'1': '#8172b3', '3': '#55a868', '8': '#4c72b0'}  # and the colours of their curves
 RESULTS = Path(__file__).with_name('results')
 PICTURE = Path(__file__).parents[2] / 'hub' / 'share.svg'
 
@@ -175,7 +176,8 @@ def measure(case, args, plain, training, test, seed):
             model = share(plain, rate, init, chosen, refit)
             if not epochs:
                 row['top1_shared'] = accuracy(share(plain, rate, init), test)
-                merges = model.share_report.merges
+                merges = model.share_report.merges  # none at a low rate of few blocks
+            if not epochs and merges:
                 row['cosine'] = round(statistics.mean([m.before for m in merges]), 3)
                 row['cosine_aligned'] = round(statistics.mean([m.after for m in merges]), 3)
             train(model, training, epochs, 0.05, 0.0, seed, plain if teacher else None)
@@ -190,13 +192,24 @@ def results_file():
 
 
 def table(rows):
-    """The rows in Markdown, a table a net, each figure the mean over the seeds with their number."""
-    lines = []
+    """The rows in Markdown: of all nets what is left without training, then all of each net. Means over the seeds."""
+    rates = ['0.25', '0.5', '0.75', '1.0']
+    title = ['net, its top-1', '', *(f'rate {float(rate):g}' for rate in rates)]
+    lines = [f'| {" | ".join(title)} |', '| --- ' * len(title) + '|']
+    nets = {net: [row for row in rows if row['net'] == net] for net in dict.fromkeys(row['net'] for row in rows)}
+    for net, found in nets.items():
+        plain = grouped(found, what='plain', epochs='0')
+        for i, (what, refit) in enumerate({'parameters': '1', 'refitted': '1', 'statistics': '0'}.items()):
+            cells = [f'{net}, {_cell(plain)}' if i == 0 else '', what]
+            for rate in rates:
+                groups = grouped(found, what='share', rate=rate, init='align', refit=refit, epochs='0')
+                cells.append(_cell(groups) if i else _saved(groups, plain))
+            lines.append(f'| {" | ".join(cells)} |')
     epochs = sorted({row['epochs'] for row in rows}, key=int)
-    for net in dict.fromkeys(row['net'] for row in rows):
-        title = [net, 'parameters', 'not trained', *(f'+ {n} epochs' for n in epochs[1:])]
+    for net, found in nets.items():
+        title = [net, 'parameters', 'not trained', *(f'+ {n} epoch{"s" * (n != "1")}' for n in epochs[1:])]
         lines += ['', f'| {" | ".join(title)} |', '| --- ' * len(title) + '|']
-        lines += [f'| {" | ".join(line)} |' for line in _lines([row for row in rows if row['net'] == net], epochs)]
+        lines += [f'| {" | ".join(line)} |' for line in _lines(found, epochs)]
     return '\n'.join(lines)
 
 
@@ -216,10 +229,18 @@ def _lines(rows, epochs):
         name += {'1': ', with teacher'}.get(teacher, '') + {'steps': ', in two steps'}.get(what, '')
         cells = [name, f'{int(row["parameters"]):,}']
         for n in epochs:
-            group = [r for r in rows if tuple(r[k] for k in ('what', 'rate', 'init', 'refit', 'teacher')) == kind]
-            group = [r for r in group if r['epochs'] == n]
-            cells.append(f'{mean(group):.2f} ({len(group)})' if group else '-')
+            keys = {'what': what, 'rate': rate, 'init': init, 'refit': refit, 'teacher': teacher}
+            cells.append(_cell(grouped(rows, epochs=n, **keys)))
         yield cells
+
+
+def _cell(groups):
+    """Mean, and number of seeds."""
+    return f'{mean(groups[0]):.2f} ({len(groups[0])})' if groups else '-'
+
+
+def _saved(groups, plain):
+    return f'{100 * int(groups[0][0]["parameters"]) / int(plain[0][0]["parameters"]) - 100:.0f} %' if groups else '-'
 
 
 def grouped(rows, **values):
@@ -239,20 +260,24 @@ def draw(rows):
     """Accuracy against parameters before and after training, and against the epochs for each kernel."""
     matplotlib.rcParams.update({'svg.hashsalt': 'share', 'svg.fonttype': 'none'})
     figure = Figure(figsize=(10, 4), layout='constrained')
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = figure.subplots(1, 2)
     rows = [row for row in rows if row['net'] == 'preact-56' and row['teacher'] == '0']
     refitted = grouped(rows, what='share', init='align', refit='1')
     plain = grouped(rows, what='plain')
-    for epochs, colour in zip(('0', '1', '3', '8'), ('#8c8c8c', '#dd8452', '#c44e52', '#4c72b0'), strict=True):
-        points = [g for g in [*refitted, *plain] if g[0]['epochs'] == epochs]
-        points.sort(key=lambda g: float(g[0]['rate']))
-        x = [int(g[0]['parameters']) / 1e6 for g in points]
-        label = f'+ {epochs} epochs' if epochs != '0' else 'not trained'
-        left.plot(x, [mean(g) for g in points], 'o-', color=colour, label=label)
-        if epochs == '0':
-            for g, x_ in zip(points, x, strict=True):
-                left.annotate(f'rate {g[0]["rate"]}', (x_, mean(g)), xytext=(0, -14), textcoords='offset points')
-    left.set(xlabel='parameters, M', ylabel='CIFAR-10 at 16 px, top-1, %', title='aligned and refitted')
+    aligned = grouped(rows, what='share', init='align', refit='0', epochs='0')
+    curves = [('not trained, statistics', [*aligned, *plain], '0', '#dd8452', '--')]
+    curves += [('not trained, refitted', [*refitted, *plain], '0', '#c44e52', '-')]
+    curves += [(f'+ {n} epoch{"s" * (n != "1")}', [*refitted, *plain], n, c, '-') for n, c in EPOCHS.items()]
+    for label, groups, epochs, colour, style in curves:
+        groups = sorted((g for g in groups if g[0]['epochs'] == epochs), key=lambda g: float(g[0]['rate']))
+        x = [int(g[0]['parameters']) / 1e6 for g in groups]
+        left.plot(x, [mean(g) for g in groups], 'o', linestyle=style, color=colour, label=label)
+        if label == 'not trained, statistics':
+            for g, x_ in zip(groups, x, strict=True):
+                rate = f'rate {float(g[0]["rate"]):g}' if g[0]['what'] == 'share' else 'plain net'
+                left.annotate(rate, (x_, mean(g)), xytext=(10, -3), textcoords='offset points')
+    left.set(xlabel='parameters, M', ylabel='CIFAR-10 at 16 px, top-1, %', title='aligned kernels')
+    left.set_xlim(right=max(int(row['parameters']) for row in rows) * 1.08 / 1e6)
     lines = [('plain net', plain, '#4c72b0'), ('aligned, refitted', refitted, '#c44e52')]
     for init, colour in ('align', '#dd8452'), ('mean', '#8172b3'), ('first', '#937860'), ('random', '#8c8c8c'):
         label = {'align': 'aligned'}.get(init, init)
@@ -261,12 +286,11 @@ def draw(rows):
         groups = sorted((g for g in groups if g[0]['rate'] in '0.0 1.0'.split()), key=lambda g: int(g[0]['epochs']))
         x = [int(g[0]['epochs']) for g in groups]
         right.plot(x, [mean(g) for g in groups], 'o-', color=colour, label=label)
-    right.set(xlabel='epochs of training after sharing', title='rate 1', xticks=[0, 1, 3, 8])
+    right.set(xlabel='epochs of training after sharing', title='rate 1', xticks=[0, 1, 3, 8], ylim=(55, None))
     for axes in left, right:
         axes.grid(alpha=0.3)
         axes.spines[['top', 'right']].set_visible(False)
         axes.legend(frameon=False, loc='lower right')
-    left.set_ylim(bottom=55)
     figure.savefig(PICTURE, metadata={'Date': None})
 
 
