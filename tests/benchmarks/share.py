@@ -10,7 +10,7 @@ trained from scratch for as many epochs in all, a random kernel with all else wa
 the rate for the first third of the training.
 
 Each case is a row of tests/benchmarks/results/share-MACHINE-VERSIONS.csv, written when it is done; a row that is there
-is not measured again. Then the picture hub/share.svg is drawn of all rows, and a table printed. The plain nets are kept
+is not measured again. Then hub/share.svg is drawn of the rows of preact-56, and the tables are printed. The plain nets are kept
 in DIR. Exit code 0, or 2 for options that it does not know.
 """
 
@@ -44,6 +44,7 @@ NETS = {
 CASE = ['net', 'seed', 'what', 'rate', 'init', 'refit', 'teacher', 'plain_epochs', 'epochs']
 RESULT = ['parameters', 'top1_shared', 'top1', 'cosine', 'cosine_aligned']
 CALIBRATION = 1000
+DRAWN = 'preact-56'
 EPOCHS = {'1': '#8172b3', '3': '#55a868', '8': '#4c72b0'}  # and the colours of their curves
 RESULTS = Path(__file__).with_name('results')
 PICTURE = Path(__file__).parents[2] / 'hub' / 'share.svg'
@@ -166,7 +167,7 @@ def measure(case, args, plain, training, test, seed):
         row['top1_shared'] = accuracy(model, test)
         train(model, training, epochs, 0.05, 0.0, seed)
     else:
-        chosen = normalize(training[0][:: len(training[0]) // CALIBRATION]).split(100)
+        chosen = normalize(training[0][:: max(1, len(training[0]) // CALIBRATION)]).split(100)
         if what == 'steps':  # half the rate for a third of the time
             model = share(plain, rate / 2, init, chosen, refit)
             train(model, training, epochs, 0.05, 0.0, seed, span=(0, 1 / 3))
@@ -261,7 +262,7 @@ def draw(rows):
     matplotlib.rcParams.update({'svg.hashsalt': 'share', 'svg.fonttype': 'none'})
     figure = Figure(figsize=(10, 4), layout='constrained')
     left, right = figure.subplots(1, 2)
-    rows = [row for row in rows if row['net'] == 'preact-56' and row['teacher'] == '0']
+    rows = [row for row in rows if row['net'] == DRAWN and row['teacher'] == '0']
     refitted = grouped(rows, what='share', init='align', refit='1')
     plain = grouped(rows, what='plain')
     aligned = grouped(rows, what='share', init='align', refit='0', epochs='0')
@@ -323,7 +324,8 @@ def main():
                     writer = csv.DictWriter(file, CASE + RESULT, restval='', lineterminator='\n')
                     writer.writeheader()
                     writer.writerows(rows)
-    draw(rows)
+    if any(row['net'] == DRAWN for row in rows):
+        draw(rows)
     print(table(rows))
 
 
