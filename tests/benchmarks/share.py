@@ -10,8 +10,8 @@ trained from scratch for as many epochs in all, a random kernel with all else wa
 the rate for the first third of the training.
 
 Each case is a row of tests/benchmarks/results/share-MACHINE-VERSIONS.csv, written when it is done; a row that is there
-is not measured again. Then hub/share.svg is drawn of the rows of preact-56, and the tables are printed. The plain nets are kept
-in DIR. Exit code 0, or 2 for options that it does not know.
+is not measured again. Then hub/share.svg is drawn of the rows of preact-56, and the tables are printed. The plain nets
+are kept in DIR. Exit code 0, or 2 for options that it does not know.
 """
 
 import argparse
