@@ -141,10 +141,11 @@ def _estimating(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _seen(module: nn.Module) -> Iterator[List[Pair]]:
-    """The inputs and outputs of a module, call by call, as they were then."""
-    seen: List[Pair] = []
-    hook = module.register_forward_hook(lambda _, x, y: seen.append((x[0].clone(), y.clone())))
+def _seen(module: nn.Module, output: bool = False) -> Iterator[List[torch.Tensor]]:
+    """The inputs or outputs of a module, call by call."""
+    seen: List[torch.Tensor] = []
+    # an output is copied, as the shortcut may be added to it in place
+    hook = module.register_forward_hook(lambda _, x, y: seen.append(y.clone() if output else x[0]))
     try:
         yield seen
     finally:
@@ -190,7 +191,7 @@ def _second_moments(place: _Place, inputs: Sequence[torch.Tensor]) -> torch.Tens
     for x in inputs:
         with _seen(conv) as seen:
             place.block(x, conv)
-        x = seen[0][0]
+        x = seen[0]
         stride = max(1, x.shape[-2] // _POSITIONS), max(1, x.shape[-1] // _POSITIONS)
         x = F.unfold(x.float(), 3, conv.dilation, conv.padding, stride).transpose(0, 1).flatten(1)
         total = total + double(x @ x.T)
@@ -240,14 +241,14 @@ def _samples(place: _Place, pairs: Sequence[Pair], name: str) -> Iterator[Pair]:
     (C_out, N), a batch each."""
     names = _after(place.block)
     for a, b in pairs:
-        with _seen(getattr(place.plain, names[0] if names else name)) as outputs:
+        with _seen(getattr(place.plain, names[0] if names else name), output=True) as outputs:
             place.plain(a)
         with _seen(getattr(place.block, name)) as inputs:
             place.block(b, place.conv)
-        y = outputs[0][1]
+        y = outputs[0]
         if len(names) < 2:  # else there is an attention that the difference would have to come through
             y = y + _shortcut(place.plain, a) - _shortcut(place.block, b)
-        yield inputs[0][0].float().transpose(0, 1).flatten(1), y.float().transpose(0, 1).flatten(1)
+        yield inputs[0].float().transpose(0, 1).flatten(1), y.float().transpose(0, 1).flatten(1)
 
 
 def _shortcut(block: Any, x: torch.Tensor) -> torch.Tensor:

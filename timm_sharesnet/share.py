@@ -529,7 +529,7 @@ def _images(model: nn.Module, folder: str, count: int) -> Iterable[torch.Tensor]
     dataset.transform = create_transform(**resolve_data_config({}, model=model))
     count = min(count, len(dataset))
     subset = torch.utils.data.Subset(dataset, [i * len(dataset) // count for i in range(count)])
-    return torch.utils.data.DataLoader(subset, batch_size=100)
+    return torch.utils.data.DataLoader(subset, batch_size=50)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
