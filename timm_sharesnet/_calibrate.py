@@ -207,19 +207,20 @@ def _fit_last(places: Iterable[_Place], inputs: Sequence[torch.Tensor]) -> None:
     the sum of branch and shortcut is that of the plain net: what went wrong before is made good as far as it can be."""
     pairs = [(x, x) for x in inputs]
     for place in places:
-        with _estimating(place.block):
-            for _, x in pairs:
-                place.block(x, place.conv)
+        _estimate(place, pairs)
         if place.conv is not None and can_fit(place.block):
             if 'conv3' in place.block.branch:
                 _fit_conv3(place, pairs)
             else:
                 _fit_norm(place, pairs)
-            with _estimating(place.block):
-                for _, x in pairs:
-                    place.block(x, place.conv)
         for i, (a, b) in enumerate(pairs):
             pairs[i] = place.plain(a), place.block(b, place.conv)
+
+
+def _estimate(place: _Place, pairs: Sequence[Pair]) -> None:
+    with _estimating(place.block):
+        for _, x in pairs:
+            place.block(x, place.conv)
 
 
 def _after(block: Any) -> List[str]:
@@ -274,6 +275,8 @@ def _fit_conv3(place: _Place, pairs: Sequence[Pair]) -> None:
         norm.weight.copy_(torch.where(dead, 0.0, std / scale))
         norm.bias.copy_(y_mean)
     conv3.weight.copy_(weight[:, :, None, None])
+    if names:
+        _estimate(place, pairs)
 
 
 def _fit_norm(place: _Place, pairs: Sequence[Pair]) -> None:

@@ -42,6 +42,7 @@ NETS = {
     'resnet34-quarter': ('resnet34', {'channels': (16, 32, 64, 128), 'num_classes': 10}, 64),
 }
 CASE = ['net', 'seed', 'what', 'rate', 'init', 'refit', 'teacher', 'plain_epochs', 'epochs']
+KIND = ['what', 'rate', 'init', 'refit', 'teacher']
 RESULT = ['parameters', 'top1_shared', 'top1', 'cosine', 'cosine_aligned']
 CALIBRATION = 1000
 DRAWN = 'preact-56'
@@ -177,10 +178,10 @@ def measure(case, args, plain, training, test, seed):
             model = share(plain, rate, init, chosen, refit)
             if not epochs:
                 row['top1_shared'] = accuracy(share(plain, rate, init), test)
-                merges = model.share_report.merges  # none at a low rate of few blocks
-            if not epochs and merges:
-                row['cosine'] = round(statistics.mean([m.before for m in merges]), 3)
-                row['cosine_aligned'] = round(statistics.mean([m.after for m in merges]), 3)
+                merges = model.share_report.merges
+                if merges:  # none at a low rate of few blocks
+                    row['cosine'] = round(statistics.mean([m.before for m in merges]), 3)
+                    row['cosine_aligned'] = round(statistics.mean([m.after for m in merges]), 3)
             train(model, training, epochs, 0.05, 0.0, seed, plain if teacher else None)
     row['top1'] = accuracy(model, test)
     return row | {'parameters': sum(p.numel() for p in model.parameters())}
@@ -220,18 +221,14 @@ def _lines(rows, epochs):
         what = ['plain', 'share', 'steps', 'scratch'].index(row['what'])
         return what, row['teacher'], float(row['rate']), init, -int(row['refit'])
 
-    kinds = {
-        tuple(row[k] for k in ('what', 'rate', 'init', 'refit', 'teacher')): row for row in sorted(rows, key=order)
-    }
+    kinds = {tuple(row[k] for k in KIND): row for row in sorted(rows, key=order)}
     for kind, row in kinds.items():
         what, rate, init, refit, teacher = kind
         name = f'{float(rate):g}, {"aligned" if init == "align" else init}{", refitted" if refit == "1" else ""}'
         name = {'plain': 'the plain net', 'scratch': f'{float(rate):g}, from scratch'}.get(what, name)
         name += {'1': ', with teacher'}.get(teacher, '') + {'steps': ', in two steps'}.get(what, '')
         cells = [name, f'{int(row["parameters"]):,}']
-        for n in epochs:
-            keys = {'what': what, 'rate': rate, 'init': init, 'refit': refit, 'teacher': teacher}
-            cells.append(_cell(grouped(rows, epochs=n, **keys)))
+        cells += [_cell(grouped(rows, epochs=n, **dict(zip(KIND, kind, strict=True)))) for n in epochs]
         yield cells
 
 
@@ -253,8 +250,8 @@ def grouped(rows, **values):
     return list(groups.values())
 
 
-def mean(rows, key='top1'):
-    return statistics.mean([float(row[key]) for row in rows])
+def mean(rows):
+    return statistics.mean([float(row['top1']) for row in rows])
 
 
 def draw(rows):
