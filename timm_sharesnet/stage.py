@@ -166,45 +166,73 @@ def split_runs(first: int, end: int, rate: Rate) -> List[Tuple[int, ...]]:
 
         >>> split_runs(1, 7, 0.5)
         [(1,), (2,), (3, 4), (5, 6)]
+        >>> split_runs(1, 7, [[3, 1], [2, 5]])
+        [(1, 3), (2, 5), (4,), (6,)]
 
     Args:
         first: Index of the first block that can share.
         end: Number of blocks.
-        rate: From 0, where no two blocks share, to 1, or the runs, which are then checked only.
+        rate: From 0, where no two blocks share, to 1, or the runs of blocks that share, in any order.
+
+    Returns:
+        The runs, each in the order of its blocks, in the order of their first blocks.
 
     Raises:
-        ValueError: If the rate is not from 0 to 1, or a run has a block that cannot share, or that is in two.
+        ValueError: If the rate is no number from 0 to 1, or a run has a block that cannot share, or that is in two.
     """
-    if not isinstance(rate, (int, float)):
-        runs = [tuple(run) if isinstance(run, (list, tuple)) else () for run in rate]
-        indices = [i for run in runs for i in run]
-        if not all(runs) or len(set(indices)) < len(indices) or not set(indices) <= set(range(first, end)):
-            raise ValueError(f'share_rate: runs must be lists of blocks from {first} to {end - 1}, got {rate}.')
-        return sorted([*runs, *((i,) for i in range(first, end) if i not in indices)])
-    if not 0 <= rate <= 1:
-        raise ValueError(f'share_rate must be from 0 to 1, or the runs of blocks that share, got {rate}.')
-    m = end - first
-    if not m:
-        return []
-    number = m - round(rate * (m - 1))
-    length, longer = divmod(m, number)
-    starts = [first]
-    for i in range(number):
-        starts.append(starts[-1] + length + (i >= number - longer))
-    return [tuple(range(*pair)) for pair in itertools.pairwise(starts)]
+    rate = _as_python(rate)
+    if _is_number(rate):
+        if not 0 <= rate <= 1:
+            raise ValueError(f'share_rate must be from 0 to 1, or the runs of blocks that share, got {rate}.')
+        m = end - first
+        if not m:
+            return []
+        number = m - round(rate * (m - 1))
+        length, longer = divmod(m, number)
+        starts = [first]
+        for i in range(number):
+            starts.append(starts[-1] + length + (i >= number - longer))
+        return [tuple(range(*pair)) for pair in itertools.pairwise(starts)]
+    if not (isinstance(rate, list) and all(isinstance(run, list) and all(map(_is_index, run)) for run in rate)):
+        raise ValueError(
+            f'share_rate must be a number from 0 to 1, or lists of blocks that share, such as [[1, 2], [3, 4]], got '
+            f'{rate!r}.'
+        )
+    indices = [i for run in rate for i in run]
+    if not all(rate) or len(set(indices)) < len(indices) or not set(indices) <= set(range(first, end)):
+        raise ValueError(
+            f'share_rate: runs must be lists of blocks from {first} to {end - 1}, none of them twice, got {rate}.'
+        )
+    return sorted([*(tuple(sorted(run)) for run in rate), *((i,) for i in range(first, end) if i not in indices)])
 
 
 def stage_rates(share_rate: ShareRate, stages: int) -> List[Rate]:
     """The rate of each stage, given one for all or one for each.
 
     Raises:
-        ValueError: If there are more or fewer than stages.
+        ValueError: If it is no number, and no list with as many as there are stages.
     """
-    if isinstance(share_rate, (int, float)):
+    share_rate = _as_python(share_rate)
+    if _is_number(share_rate):
         return [share_rate] * stages
-    if len(share_rate) != stages:
-        raise ValueError(f'share_rate must be one number, or one for each of the {stages} stages, got {share_rate}.')
-    return list(share_rate)
+    if not (isinstance(share_rate, list) and len(share_rate) == stages):
+        raise ValueError(f'share_rate must be one number, or one for each of the {stages} stages, got {share_rate!r}.')
+    return share_rate
+
+
+def _as_python(value: Any) -> Any:
+    """A rate of numbers and lists, if it was given as tuples, ranges, or scalars and arrays of numpy or torch."""
+    if hasattr(value, 'tolist'):
+        value = value.tolist()
+    return [_as_python(v) for v in value] if isinstance(value, (list, tuple, range)) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class SharedStage(nn.Module):
@@ -234,7 +262,7 @@ class SharedStage(nn.Module):
         super().__init__()
         blocks = list(blocks)
         runs = split_runs(first_shared, len(blocks), rate)
-        if len(runs) == 1 and rate != 0:
+        if len(runs) == 1 and (len(runs[0]) > 1 or rate == 1):  # of a stage of the paper, for one block, too
             self.conv = _share([blocks[i] for i in runs[0]])
         else:
             convs = {str(run[0]): _share([blocks[i] for i in run]) for run in runs if len(run) > 1}
@@ -257,6 +285,19 @@ class SharedStage(nn.Module):
         if self.blocks[index].conv2 is not None:
             return None
         return self.conv[self.keys[index]] if self.several else self.conv
+
+    @torch.jit.unused
+    def runs(self) -> Dict[str, List[int]]:
+        """The blocks that use each of the stage's convolutions, by the convolution's name."""
+        runs: Dict[str, List[int]] = {}
+        for i, block in enumerate(self.blocks):
+            if block.conv2 is None:
+                runs.setdefault(self.conv_name(i), []).append(i)
+        return runs
+
+    def extra_repr(self) -> str:
+        """The names of a stage's tensors do not tell which blocks use them."""
+        return ', '.join(f'{name}: blocks {blocks}' for name, blocks in self.runs().items())
 
     def __getitem__(self, index: Union[int, slice]) -> nn.Module:
         return self.blocks[index]
