@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -598,6 +599,46 @@ def test_names_the_way_that_loads_a_checkpoint_with_another_number_of_classes(fo
     way = '--pretrained --pretrained-path last.pth --num-classes 9'
     assert way in message
     assert 'last.pth: all 549 tensors of the model but the classifier' in accepted(capsys, *way.split())
+
+
+@pytest.mark.parametrize(
+    'saved, options, fault',
+    [
+        (dict(act_layer='silu'), [], 'layer1.blocks.0.act1 is ReLU() in place of SiLU(). The options for it are'),
+        (dict(global_pool='max'), [], 'global_pool is SelectAdaptivePool2d(pool_type=avg'),
+        (
+            dict(share_rate=(0, 0, [[1, 3], [2, 4, 5]])),
+            ['share_rate=(0,0,[[1,4,5],[2,3]])'],
+            'layer3 is SharedStage(conv.1: blocks [1, 4, 5], conv.2: blocks [2, 3]) in place of SharedStage(conv.1',
+        ),
+    ],
+    ids=['activation', 'pooling', 'runs'],
+)
+def test_weights_are_not_those_of_a_net_that_computes_something_else(folder, capsys, saved, options, fault):
+    kwargs = dict(layers=(2, 2, 6))
+    save_for_hf(
+        timm.create_model('resnet92_cifar', **kwargs, **saved),
+        'run',
+        model_args={**kwargs, **saved},
+        safe_serialization=True,
+    )
+    change(model_kwargs=kwargs)
+    kwargs_option = ['--model-kwargs', 'layers=(2,2,6)', *options]
+    for way in ['--initial-checkpoint'], ['--pretrained', '--pretrained-path']:
+        message = refused(capsys, *way, 'run/model.safetensors', *kwargs_option)
+        assert message.startswith(
+            f'{way[-1][2:].replace("-", "_")}: run/model.safetensors has the weights of a net that'
+        )
+        assert fault in message
+        found = shlex.split(message.partition('The options for it are ')[2].rstrip('.'))
+        accepted(capsys, *way, 'run/model.safetensors', *found)
+        accepted(capsys, *way, 'run/model.safetensors', *found, '--drop', '0.1', '--drop-path', '0.1')
+    Path('run/config.json').write_text('{"architecture": "resnet164_cifar", "model_args": {"layers": 5}}')
+    message = refused(capsys, '--initial-checkpoint', 'run/model.safetensors', *kwargs_option)
+    assert 'run/model.safetensors lies beside a config.json that builds no model: ' in message
+    for content in '', '[]', '{}', '{"architecture": "of_another_kind"}', '{"architecture": 5}':
+        Path('run/config.json').write_text(content)
+        accepted(capsys, '--initial-checkpoint', 'run/model.safetensors', *kwargs_option)
 
 
 def test_pretrained_path_must_be_there_hold_the_model_and_be_used(folder, capsys):

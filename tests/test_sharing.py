@@ -1,7 +1,10 @@
 """`share`: a shared net of any plain one, at any rate."""
 
+import ast
 import copy
+import gc
 import json
+import shlex
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -13,13 +16,17 @@ import torch.nn as nn
 from demo import load_images
 from models import SHARED, TWINS, create, error, images
 from timm.models import save_for_hf
+from timm.models.resnet import Bottleneck, ResNet
+from timm.utils.model import freeze_batch_norm_2d
 from torch.nn.utils import prune
 
-from timm_sharesnet import CifarResNetV2, SharedStage, ShaResNet, fold, share, unshare
+from timm_sharesnet import CifarResNetV2, PreActWideBasic, SharedStage, ShaResNet, fold, share, unshare
 from timm_sharesnet._calibrate import Fit, calibrate
 from timm_sharesnet._pretrained import drop_repeated_args
-from timm_sharesnet.share import _permute, main
-from timm_sharesnet.stage import split_runs
+from timm_sharesnet._rebuild import train_options
+from timm_sharesnet.preflight import build_model, train_parser
+from timm_sharesnet.share import _permute, main, unlike_its_name
+from timm_sharesnet.stage import as_python, split_runs
 
 NARROW = dict(layers=(2, 3, 4, 1), channels=(16, 24, 32, 40), num_classes=10)
 # timm's ResNets of all kinds, and our unshared ones
@@ -345,6 +352,122 @@ def test_images_may_come_from_a_generator_and_none_are_an_error(refit: bool) -> 
         share(model, images=[], refit=refit)
 
 
+def test_images_count_the_same_in_batches_of_any_size() -> None:
+    model = create('resnet164_cifar', layers=(3, 3, 3))
+    x = noise(model, 1, 33)[0] * torch.linspace(0.5, 3, 33)[:, None, None, None]
+    for batches in [x[:32], x[32:]], [x[:1], x[1:]], [x[:16], x[:0], x[16:]]:
+        norm = share(model, images=batches).layer1[0].bn1
+        expected = torch.zeros(16)
+        for batch in batches:
+            if len(batch):
+                expected += model.conv1(batch).detach().var((0, 2, 3)) * len(batch) / 33
+        torch.testing.assert_close(norm.running_var, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('refit', [True, False])
+@pytest.mark.parametrize(
+    'images, message',
+    [
+        (torch.randn(8, 3, 32, 32), r'one of shape \(8, 3, 32, 32\): put a single batch into a list'),
+        ({'image': torch.randn(8, 3, 32, 32)}, 'got dict'),
+        (5, 'got int'),
+        ([{'image': torch.randn(8, 3, 32, 32)}], 'number 0 is of dict'),
+        ([np.zeros((8, 3, 32, 32), 'float32')], 'number 0 is of ndarray'),
+        (np.zeros((8, 3, 32, 32), 'float32'), 'number 0 is of ndarray'),
+        ('images', 'number 0 is of str'),
+        ([torch.randn(8, 3, 32, 32), ()], 'number 1 is of tuple'),
+        ([torch.zeros(8, 3, 32, 32, dtype=torch.uint8)], r'number 0 is of torch\.uint8'),
+        ([torch.randn(3, 32, 32)], r'shape \(3, 32, 32\)'),
+        ([torch.randn(8, 1, 32, 32)], r'shape \(8, 1, 32, 32\)'),
+        ([torch.full((8, 3, 32, 32), float('nan'))], 'batch 0 has values that are not finite'),
+        (
+            [torch.randn(4, 3, 32, 32), torch.full((1, 3, 32, 32), float('inf'))],
+            'batch 1 has values that are not finite',
+        ),
+        ([torch.randn(0, 3, 32, 32)], 'images is empty'),
+        (iter([torch.randn(0, 3, 32, 32)] * 2), 'images is empty'),
+    ],
+    ids=str,
+)
+def test_images_that_are_none_are_refused(images: Any, message: str, refit: bool) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        share(create('resnet164_cifar', layers=(3, 3, 3)), images=images, refit=refit)
+
+
+def test_images_are_taken_in_any_precision() -> None:
+    model = create('resnet164_cifar', layers=(3, 3, 3)).double()
+    x = torch.randn(8, 3, 32, 32)
+    assert error(share(model, images=[x])(x.double()), share(model, images=[x.double()])(x.double())) == 0
+
+
+@pytest.mark.parametrize('init', ['align', 'mean', 'first', 'random'])
+@pytest.mark.parametrize('fault', ['inputs of zero', 'kernels of zero', 'one kernel of zero', 'all of zero'])
+@pytest.mark.parametrize('name, kwargs', [PLAIN[i] for i in (1, 2, 13, 14)])
+def test_channels_that_are_dead_stay_finite(name: str, kwargs: Dict[str, Any], fault: str, init: str) -> None:
+    model = create(name, **kwargs)
+    for i, block in enumerate(block for stage in (model.layer1, model.layer2) for block in stage):
+        if fault in ('inputs of zero', 'all of zero'):
+            norm = block.bn2 if name in ('resnet164_cifar', 'wrn40_4') else block.bn1
+            nn.init.constant_(norm.weight, 0.1)
+            nn.init.constant_(norm.bias, -50)
+        if fault in ('kernels of zero', 'all of zero') or fault == 'one kernel of zero' and i == 1:
+            nn.init.zeros_(block.conv2.weight)
+    for batches in None, noise(model, 2, 8):
+        shared = share(model, init=init, images=batches)
+        assert all(v.isfinite().all() for v in shared.state_dict().values())
+        assert shared(noise(model, 1, 2)[0]).isfinite().all()
+
+
+def test_a_stage_that_is_off_keeps_its_kernels_mean() -> None:
+    model = create('resnet164_cifar', layers=(4, 3, 3))
+    for block in model.layer1:
+        nn.init.zeros_(block.bn2.weight)
+        nn.init.constant_(block.bn2.bias, -1)
+    shared = share(model, init='mean', images=noise(model, 2, 8))
+    assert error(shared.layer1.conv.weight, share(model, init='mean').layer1.conv.weight) < 1e-6
+
+
+def test_kernels_are_fitted_run_by_run(monkeypatch: Any) -> None:
+    held: List[int] = []
+    model = create('resnet164_cifar', layers=(13, 3, 3))
+    solve = torch.linalg.solve
+
+    def count(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        held.append(sum(isinstance(o, torch.Tensor) and o.shape == (144, 144) for o in gc.get_objects()))
+        return solve(a, b)
+
+    monkeypatch.setattr(torch.linalg, 'solve', count)
+    share(model, (0.5, 0, 0), 'mean', noise(model, 1, 4))
+    assert len(held) >= 6 and max(held) <= 3
+
+
+def test_only_blocks_that_share_are_refitted() -> None:
+    model = create('resnet50', **dict(NARROW, layers=(2, 2, 2, 1)))  # in stages 2 to 4 one block alone can share
+    shared = share(model, 1.0, 'mean', noise(model, 2, 8))
+    assert torch.equal(shared.layer2[1].conv3.weight, model.layer2[1].conv3.weight)
+    assert not torch.equal(shared.layer1[1].conv3.weight, model.layer1[1].conv3.weight)
+    assert [merge.stage for merge in shared.share_report.merges] == ['layer1']
+
+
+def test_synchronised_batch_norms_are_refitted_and_frozen_ones_noted() -> None:
+    model = create('resnet50', **NARROW)
+    batches = noise(model, 2, 8)
+    expected = share(model, 1.0, 'mean', batches)
+    synchronised = share(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)), 1.0, 'mean', batches)
+    assert type(synchronised.layer1[0].bn3) is nn.SyncBatchNorm
+    for name, value in synchronised.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], msg=name)
+    frozen = freeze_batch_norm_2d(copy.deepcopy(model))
+    report = str(share(frozen, 1.0, 'mean', batches).share_report)
+    assert 'batch norms are frozen and keep their statistics' in report
+    assert 'frozen' not in str(expected.share_report)
+
+
+def test_one_value_a_channel_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match='batches of at least two images, or larger ones'):
+        share(create('resnet50', **NARROW), images=[torch.randn(1, 3, 32, 32)], refit=False)
+
+
 # ---- A registered model
 
 
@@ -389,6 +512,211 @@ def test_entry_point_takes_what_the_base_takes_and_has_its_preprocessing() -> No
 def test_entry_point_refuses_what_cannot_be_shared(base: str) -> None:
     with pytest.raises((TypeError, ValueError), match='cannot be shared|can share|knows no model resnet51'):
         timm.create_model('sharesnet', base=base, device='meta')
+
+
+@pytest.mark.parametrize(
+    'base, message',
+    [
+        ('sharesnet50', 'base must be a plain model, and sharesnet50 shares'),
+        ('shawrn40_4', 'base must be a plain model, and shawrn40_4 shares'),
+        ('sharesnet', 'base must be a plain model, and sharesnet shares'),
+        ('sharesnet50.torch7_in1k', 'base must be a plain model'),
+        (5, "base must be the name of a model such as 'resnet50', got 5"),
+        (nn.Identity(), 'base must be the name of a model'),
+        ('resnet50.a1_in2k', 'knows no model resnet50.a1_in2k, did you mean'),
+        ('', 'knows no model'),
+    ],
+    ids=str,
+)
+def test_entry_point_refuses_what_is_no_base(base: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        timm.create_model('sharesnet', base=base, device='meta')
+
+
+def test_entry_point_refuses_a_tag_as_timm_does() -> None:
+    for name in 'sharesnet', 'sharesnet50':
+        with pytest.raises(RuntimeError, match=rf'Invalid pretrained tag \(foo\) for {name}'):
+            timm.create_model(f'{name}.foo', device='meta')
+    assert timm.create_model('sharesnet.untrained', device='meta').pretrained_cfg['tag'] == 'untrained'
+
+
+RUNS = [[1, 3], [5, 4, 2]], [[1, 4, 5], [2, 3]]  # tensors of the same names
+
+
+@pytest.mark.skipif(not hasattr(timm.models, 'get_model_args'), reason='timm 1.0.28 does not pass on what is saved')
+def test_saved_runs_are_not_replaced_by_others_of_the_same_names(tmp_path: Path) -> None:
+    model = create('resnet164_cifar', layers=(1, 1, 6))
+    shared = share(model, (0, 0, RUNS[0]), init='mean')
+    save_for_hf(shared, str(tmp_path), safe_serialization=True)
+    name = f'local-dir:{tmp_path}'
+    loaded = timm.create_model(name, pretrained=True, share_rate=(0, 1, [[3, 1], [2, 4, 5]])).eval()
+    assert torch.equal(loaded(images(model)), shared(images(model)))
+    with pytest.raises(RuntimeError, match='those of share_rate=.* leave share_rate out'):
+        timm.create_model(name, pretrained=True, share_rate=(0, 0, RUNS[1]))
+    assert timm.create_model(name, share_rate=(0, 0, RUNS[1])).layer3.runs()['conv.1'] == [1, 4, 5]
+
+
+# ---- What it was built with
+
+
+def built_by_train_py(line: str) -> nn.Module:
+    """The net that train.py builds by options, given as text to a shell."""
+    args = train_parser().parse_args(shlex.split(line))
+    model = build_model(args)
+    timm.models.load_checkpoint(model, args.initial_checkpoint)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    'name, kwargs, rate, options',
+    [
+        (
+            'resnet164_cifar',
+            dict(layers=(2, 3, 3), act_layer='silu'),
+            '0.5,1,[[1,2]]',
+            "act_layer=silu 'share_rate=[0.5, 1, [[1, 2]]]'",
+        ),
+        ('resnet164_cifar', dict(layers=(2, 2, 2), global_pool='max', num_classes=7), '1', '--gp max'),
+        ('wrn40_4', dict(layers=(2, 2, 2), widen_factor=1, in_chans=1), '0', '--input-size 1 32 32'),
+        (
+            'resnet50',
+            dict(NARROW, output_stride=16, stem_type='deep', stem_width=16, act_layer='leaky_relu'),
+            '0.5',
+            "'channels=[16, 24, 32, 40]' output_stride=16 stem_type=deep stem_width=16 act_layer=leaky_relu",
+        ),
+        ('seresnet50', dict(NARROW, global_pool='catavgmax'), '1,0,1,0', '--model sharesnet --num-classes 10 --gp'),
+        ('resnet34', dict(NARROW, block_args=dict(attn_layer='eca')), '1', 'attn_layer'),
+    ],
+)
+def test_options_that_the_command_prints_build_what_it_wrote(
+    tmp_path: Path, monkeypatch: Any, capsys: Any, name: str, kwargs: Dict[str, Any], rate: str, options: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = create(name, **kwargs)
+    save_for_hf(model, 'a net', model_args=kwargs, safe_serialization=True)
+    assert main(['local-dir:a net', '--rate', rate, '--init', 'mean', '--output', 'a shared net']) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert options in line and line.endswith("--initial-checkpoint 'a shared net/model.safetensors'")
+    shared = timm.create_model('local-dir:a shared net', pretrained=True).eval()
+    x = images(model)[:, : model.in_chans]
+    assert torch.equal(built_by_train_py(line)(x), shared(x))
+    assert error(shared(x), share(model, as_python(ast.literal_eval(rate)), init='mean')(x)) < 1e-6
+
+
+def test_printed_options_have_the_rates_of_training_and_the_preprocessing() -> None:
+    model = timm.create_model(
+        'resnet164_cifar',
+        layers=(2, 2, 2),
+        drop_rate=0.2,
+        drop_path_rate=0.1,
+        block_drop_rate=0.3,
+        pretrained_cfg_overlay=dict(mean=(0.5, 0.5, 0.5), input_size=(3, 64, 64)),
+    )
+    shared = share(model)
+    if not hasattr(timm.models, 'get_model_args'):  # timm 1.0.28 records none
+        shared._model_args.update(layers=(2, 2, 2), drop_rate=0.2, drop_path_rate=0.1, block_drop_rate=0.3)
+    line = shlex.join(train_options(shared))
+    for option in '--drop 0.2', '--drop-path 0.1', 'block_drop_rate=0.3', '--input-size 3 64 64', '--mean 0.5 0.5 0.5':
+        assert option in line
+    assert '--std' not in line and '--num-classes' not in line
+    args = train_parser().parse_args(shlex.split(line))
+    assert str(build_model(args)) == str(shared)
+    data = timm.data.resolve_data_config(vars(args), model=build_model(args))
+    assert data == timm.data.resolve_data_config({}, model=shared)
+
+
+def test_checkpoint_is_shared_with_the_arguments_that_it_was_trained_with(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = create('resnet164_cifar', layers=(2, 2, 2), in_chans=1, act_layer='silu', num_classes=4)
+    torch.save(model.state_dict(), 'plain.pth')
+    argv = ['resnet164_cifar', '--checkpoint', 'plain.pth', '--num-classes', '4', '--in-chans', '1', '--init', 'mean']
+    argv += ['--output', 'out', '--model-kwargs', 'layers=(2,2,2)', 'act_layer=silu']
+    assert main(argv) == 0
+    x = images(model)[:, :1]
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert error(built_by_train_py(line)(x), share(model, init='mean')(x)) < 1e-6
+    with pytest.raises(SystemExit):
+        main([*argv, '--model-kwargs', 'silu'])
+    assert capsys.readouterr().err == 'share: --model-kwargs must be KEY=VALUE\n'
+
+
+def test_checkpoint_of_other_runs_than_its_config_says_is_refused(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_for_hf(create('resnet164_cifar', layers=(2, 2, 2), act_layer='silu'), 'plain', safe_serialization=True)
+    argv = ['resnet164_cifar', '--checkpoint', 'plain/model.safetensors', '--init', 'mean', '--output', 'out']
+    assert main([*argv, '--model-kwargs', 'layers=(2,2,2)']) == 2
+    err = capsys.readouterr().err
+    assert 'plain/model.safetensors has the weights of a net that computes something else' in err
+    assert 'layer1.blocks.0.act1 is ReLU() in place of SiLU()' in err and 'act_layer=silu' in err
+    assert not Path('out').exists()
+    assert main([*argv, '--model-kwargs', 'layers=(2,2,2)', 'act_layer=silu']) == 0
+
+
+@pytest.mark.parametrize('net', ['resnet50', 'resnet164_cifar', 'seresnet50'])
+def test_a_shared_net_at_rate_0_is_shared_under_its_own_name(tmp_path: Path, net: str) -> None:
+    name = {'seresnet50': 'sharesnet'}.get(net, f'sha{net}')
+    base = dict(base=net) if name == 'sharesnet' else {}
+    kwargs: Dict[str, Any] = dict(layers=(2, 3, 2) if 'cifar' in net else (2, 3, 2, 1), num_classes=10)
+    model = create(name, **base, **kwargs, share_rate=0.0)
+    shared = share(model, 0.5, init='first')
+    assert shared.pretrained_cfg['architecture'] == name
+    if not hasattr(timm.models, 'get_model_args'):  # timm 1.0.28 records none
+        shared._model_args.update(kwargs)
+    assert not unlike_its_name(shared)
+    save_for_hf(shared, str(tmp_path), model_args=shared._model_args, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert torch.equal(loaded(images(model)), shared(images(model)))
+
+
+@pytest.mark.parametrize('base', ['seresnet50', 'resnet50.a1_in1k', 'wrn28_10'])
+def test_unshared_a_net_of_any_base_is_that_base(tmp_path: Path, base: str) -> None:
+    layers = (1, 2, 1) if base == 'wrn28_10' else (2, 1, 1, 1)
+    model = create('sharesnet', base=base, layers=layers)
+    plain = unshare(model)
+    assert plain.pretrained_cfg['architecture'] == base.partition('.')[0]
+    save_for_hf(plain, str(tmp_path), model_args=dict(layers=layers), safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert not stages(loaded) or all(stage.conv is None for stage in stages(loaded))
+    assert torch.equal(loaded(images(model)), plain(images(model)))
+
+
+def test_a_base_with_a_tag_makes_a_net_that_is_shared_again_and_loads(tmp_path: Path) -> None:
+    model = create('sharesnet', base='seresnet50.ra2_in1k', layers=(2, 1, 1, 1), share_rate=0.0)
+    shared = share(model)
+    assert shared._model_args['base'] == 'seresnet50'
+    args = {**shared._model_args, 'layers': (2, 1, 1, 1)}
+    save_for_hf(shared, str(tmp_path), model_args=args, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert torch.equal(loaded(images(model)), shared(images(model)))
+    assert loaded.pretrained_cfg['crop_pct'] == shared.pretrained_cfg['crop_pct']
+
+
+def test_a_net_made_from_its_class_is_shared_and_the_report_says_that_it_has_no_name() -> None:
+    model = ResNet(Bottleneck, (2, 2, 1, 1)).eval()
+    shared = share(model, 0.0)
+    assert error(shared(torch.ones(1, 3, 64, 64)), model(torch.ones(1, 3, 64, 64))) < 1e-6
+    assert 'made from its class' in str(shared.share_report)
+    wide = CifarResNetV2(PreActWideBasic, (3, 3, 3), share_rate=0.0)
+    assert 'made from its class' in str(share(wide, images=[torch.randn(4, 3, 32, 32)]).share_report)
+
+
+@pytest.mark.parametrize('name, left', [('resnet50', 2), ('resnet164_cifar', 2), ('resnet34', 1)])
+def test_a_pruned_net_shares_the_stages_that_are_left(name: str, left: int) -> None:
+    model = create(name)
+    model.prune_intermediate_layers([left])
+    x = images(model)
+    for rate in 0.5, (1.0, 1.0, 0.5, 0.0)[: 3 if 'cifar' in name else 4]:
+        shared = share(model, rate, init='first', images=[x])
+        assert len(stages(shared)) == left and shared.forward_features(x).isfinite().all()
+    assert 'does not build it again by name' in str(shared.share_report)
+    assert error(share(model, 0.0).forward_features(x), model.forward_features(x)) < 1e-6
+    model.prune_intermediate_layers([0])
+    with pytest.raises(TypeError, match='no stage left'):
+        share(model)
 
 
 # ---- Errors

@@ -9,7 +9,7 @@
 
 import contextlib
 import copy
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -22,6 +22,7 @@ from .fold import double
 from .stage import is_plain
 
 _RIDGE_KERNEL, _RIDGE = 0.1, 0.01  # relative to the mean second moment of an input
+_TINY = 1e-30  # above the square of what float32 tells from zero
 _POSITIONS = 8  # of a kernel, along each side of an image: all would say little more
 
 
@@ -45,13 +46,17 @@ Pair = Tuple[torch.Tensor, torch.Tensor]
 
 
 class _Place(NamedTuple):
-    """A block of the plain net, that of the shared one, and the 3x3 that it shares with others, if it does."""
+    """A block of the plain net, that of the shared one, its stage's 3x3 if it has none of its own, and what is fitted.
+
+    `kernel` is the one that the block would have for itself, `last` whether the block is the last that uses `conv`.
+    """
 
     plain: Any
     block: Any
     conv: Optional[nn.Module] = None
+    fit: Optional[Fit] = None
     kernel: Optional[torch.Tensor] = None
-    scaled: bool = False
+    last: bool = False
 
 
 @torch.no_grad()
@@ -74,11 +79,10 @@ def calibrate(
         progress: Show progress bars.
 
     Raises:
-        ValueError: If there are no images.
+        TypeError: If a batch of images is no tensor of floats.
+        ValueError: If there are no images, their shape is not the net's, or they have values that are not finite.
     """
-    device = next(model.parameters()).device
-    bar = tqdm(images, 'images', unit='batch', disable=not progress)
-    batches: Iterable[torch.Tensor] = ((x[0] if isinstance(x, (list, tuple)) else x).to(device) for x in bar)
+    batches: Iterable[torch.Tensor] = _batches(model, images, progress)
     if fits and (batches := list(batches)):
         plain = copy.deepcopy(plain)
         with _evaluating(model), _evaluating(plain):
@@ -87,12 +91,33 @@ def calibrate(
             _fit_kernels(tqdm(places, 'kernels', unit='block', disable=not progress), inputs)
             _fit_last(tqdm(places, 'last 1x1', unit='block', disable=not progress), inputs)
     count = 0
-    with _estimating(model):
+    with _estimating(model) as estimate:
         for batch in batches:
-            model(batch)
-            count += 1
+            estimate(batch)
+            count += len(batch)
     if not count:
         raise ValueError('images is empty, and the statistics of the batch norms cannot be estimated.')
+
+
+def _batches(model: Any, images: Any, progress: bool) -> Iterator[torch.Tensor]:
+    """The batches of images that are not empty, as tensors where the model is."""
+    parameter = next(model.parameters())
+    expected = f'batches of preprocessed images, tensors of shape (B, {model.in_chans}, H, W), or tuples that begin so'
+    one = isinstance(images, torch.Tensor) and images.ndim < 5
+    if one or isinstance(images, dict) or not isinstance(images, Iterable):
+        got = f'one of shape {tuple(images.shape)}' if one else type(images).__name__
+        raise TypeError(f'images must be several {expected}, got {got}: put a single batch into a list.')
+    for i, item in enumerate(tqdm(images, 'images', unit='batch', disable=not progress)):
+        x = item[0] if isinstance(item, (list, tuple)) and len(item) else item
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            got = str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise TypeError(f'images must be {expected}, and number {i} is of {got}.')
+        if x.ndim != 4 or x.shape[1] != model.in_chans:
+            raise ValueError(f'images must be {expected}, and number {i} has shape {tuple(x.shape)}.')
+        if not x.isfinite().all():
+            raise ValueError(f'images: batch {i} has values that are not finite.')
+        if len(x):
+            yield x.to(parameter)
 
 
 def _places(model: Any, plain: Any, name: str, fits: Sequence[Fit]) -> Iterator[_Place]:
@@ -104,7 +129,7 @@ def _places(model: Any, plain: Any, name: str, fits: Sequence[Fit]) -> Iterator[
             yield _Place(original, block, stage.conv_of(i))
         else:
             kernel = None if fit.kernels is None else fit.kernels[fit.blocks.index(i)]
-            yield _Place(original, block, stage.conv_of(i), kernel, fit.scaled)
+            yield _Place(original, block, stage.conv_of(i), fit, kernel, i == fit.blocks[-1])
 
 
 def _stem(model: Any, x: torch.Tensor) -> torch.Tensor:
@@ -124,17 +149,29 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _estimating(module: nn.Module) -> Iterator[None]:
-    """Within it, a module's batch norms collect new statistics, the mean over the batches that it is called with."""
+def _estimating(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    """Gives what to call a module with, whose batch norms meanwhile collect new statistics, the mean over the images of
+    all calls: a last batch of few images counts as few."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = {norm: norm.momentum for norm in norms}
+    count = 0
+
+    def estimate(x: torch.Tensor, *args: Any) -> Any:
+        nonlocal count
+        count += len(x)
+        for norm in norms:
+            norm.momentum = len(x) / count
+        try:
+            return module(x, *args)
+        except ValueError as e:  # of torch's batch norm
+            raise ValueError(f'images: {e}: give batches of at least two images, or larger ones.') from e
+
     with _evaluating(module):
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # the mean
             norm.train()
         try:
-            yield
+            yield estimate
         finally:
             for norm, momentum in momenta.items():
                 norm.momentum = momentum
@@ -153,7 +190,8 @@ def _seen(module: nn.Module, output: bool = False) -> Iterator[List[torch.Tensor
 
 
 def _ridge(moments: torch.Tensor, strength: float) -> torch.Tensor:
-    return moments + strength * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype)
+    mean = moments.diagonal().mean().clamp(min=_TINY)  # of inputs that are all zero, too
+    return moments + strength * mean * torch.eye(len(moments), dtype=moments.dtype)
 
 
 # ---- The shared kernels
@@ -165,23 +203,25 @@ def _fit_kernels(places: Iterable[_Place], inputs: Sequence[torch.Tensor]) -> No
     The blocks still compute, up to their 3x3, what the plain net's do.
     """
     inputs = list(inputs)
-    sums: Dict[nn.Module, Pair] = {}
-    scaled = {}
+    sums: Dict[nn.Module, Pair] = {}  # of the runs whose last block is still to come
     for place in places:
-        if place.conv is not None and place.kernel is not None:
+        if place.conv is not None and place.fit is not None and place.kernel is not None:
             moments = _ridge(_second_moments(place, inputs), _RIDGE_KERNEL)
             product = place.kernel.flatten(1) @ moments
-            total, products = sums.get(place.conv, (torch.zeros_like(moments), torch.zeros_like(product)))
-            sums[place.conv] = total + moments, products + product
-            scaled[place.conv] = place.scaled
+            if place.conv in sums:
+                sums[place.conv][0].add_(moments)
+                sums[place.conv][1].add_(product)
+            else:
+                sums[place.conv] = moments, product
+            if place.last:
+                total, products = sums.pop(place.conv)
+                weight: Any = place.conv.weight
+                kernel = torch.linalg.solve(total, products.T).T.reshape(weight.shape)
+                if place.fit.scaled and kernel.any():  # it stays as large as it was, as its learning rate is
+                    kernel = kernel * (double(weight).norm() / kernel.norm())
+                weight.copy_(kernel)
         for i, x in enumerate(inputs):
             inputs[i] = place.plain(x)
-    for conv, (total, products) in sums.items():
-        weight: Any = conv.weight
-        kernel = torch.linalg.solve(total, products.T).T.view_as(weight)
-        if scaled[conv]:  # it stays as large as it was, as its learning rate is
-            kernel = kernel * (double(weight).norm() / kernel.norm())
-        weight.copy_(kernel)
 
 
 def _second_moments(place: _Place, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -208,7 +248,7 @@ def _fit_last(places: Iterable[_Place], inputs: Sequence[torch.Tensor]) -> None:
     pairs = [(x, x) for x in inputs]
     for place in places:
         _estimate(place, pairs)
-        if place.conv is not None and can_fit(place.block):
+        if place.fit is not None and can_fit(place.block):
             if 'conv3' in place.block.branch:
                 _fit_conv3(place, pairs)
             else:
@@ -218,9 +258,9 @@ def _fit_last(places: Iterable[_Place], inputs: Sequence[torch.Tensor]) -> None:
 
 
 def _estimate(place: _Place, pairs: Sequence[Pair]) -> None:
-    with _estimating(place.block):
+    with _estimating(place.block) as estimate:
         for _, x in pairs:
-            place.block(x, place.conv)
+            estimate(x, place.conv)
 
 
 def _after(block: Any) -> List[str]:

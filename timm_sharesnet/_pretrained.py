@@ -21,6 +21,8 @@ import torch.nn as nn
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from .stage import SharedStage
+
 _WEIGHTS_DIR = Path(__file__).parent / 'weights'
 _MANIFEST: Dict[str, Dict[str, Any]] = json.loads((Path(__file__).parent / 'weights.json').read_text())
 _FILENAME = 'model.safetensors'  # one request, and no pickle that timm would fall back to
@@ -50,7 +52,7 @@ def create(model_cls: Type[nn.Module], variant: str, pretrained: bool = False, *
     """timm's `build_model_with_cfg`, with weights that were verified, and loaded from the bytes that were.
 
     Raises:
-        See `resolve_weights` and `checkpoint_filter_fn`.
+        See `resolve_weights`, `checkpoint_filter_fn` and `_check_runs`.
     """
     from timm.models import build_model_with_cfg  # this file is needed while timm.models is imported
 
@@ -58,11 +60,36 @@ def create(model_cls: Type[nn.Module], variant: str, pretrained: bool = False, *
     if pretrained:
         kwargs['pretrained_cfg_overlay'] = resolve_weights(variant, **kwargs)
     model: Any = build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=filter_fn, **kwargs)
+    if pretrained:
+        _check_runs(model, variant, kwargs.get('pretrained_model_args') or {})
     cfg = model.pretrained_cfg
     cfg.pop('state_dict', None)  # loaded, and of no use to whoever saves the model
     if getattr(model, 'num_classes', None) != cfg.get('num_classes'):
         cfg.pop('label_names', None)  # they are not the model's
     return model
+
+
+def _check_runs(model: nn.Module, variant: str, saved: Dict[str, Any]) -> None:
+    """Refuse another share_rate than the one that weights were saved with, if their names do not tell.
+
+    Args:
+        model: Model with the weights.
+        variant: Architecture name.
+        saved: The arguments that are saved beside the weights (from timm 1.0.29 on).
+    """
+    if 'share_rate' not in saved:
+        return
+    from timm.models import create_model
+
+    runs = [
+        [m.runs() for m in net.modules() if isinstance(m, SharedStage)]
+        for net in (model, create_model(variant, **saved, device='meta'))
+    ]
+    if runs[0] != runs[1]:
+        raise RuntimeError(
+            f'The weights are those of share_rate={saved["share_rate"]}, with which other blocks share than with the '
+            f'share_rate that was given, though the tensors have the same names: leave share_rate out.'
+        )
 
 
 def resolve_weights(

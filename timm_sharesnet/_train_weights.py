@@ -10,6 +10,7 @@ import torch
 from timm.models import get_pretrained_cfg, load_state_dict
 
 from ._pretrained import unknown_model
+from ._rebuild import other_net
 from ._train_values import PreflightError, reason
 
 
@@ -41,6 +42,9 @@ def check_checkpoint(args: argparse.Namespace, key: str, model: Any, epochs: int
             f'{key}: {path} is not a checkpoint of {name}: {len(wrong)} tensors differ, {wrong[0]} has shape '
             f'{found.get(wrong[0], "none")} instead of {expected.get(wrong[0], "none")}.'
         )
+    other = other_net(path, model)
+    if other:
+        raise PreflightError(f'{key}: {path} {other}.')
     if key == 'resume' and args.start_epoch is None:
         with torch.serialization.safe_globals([argparse.Namespace]):  # as timm
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -91,6 +95,9 @@ def check_pretrained(args: argparse.Namespace, model: Any) -> str:
     if not path:
         return f'of {name}: load'
     classifier = _classifier(model)
+    other = other_net(path, model, ignored=[*classifier, model.pretrained_cfg.get('first_conv')])
+    if other:
+        raise PreflightError(f'pretrained_path: {path} {other}.')
     expected = [k for k in model.state_dict() if k.rpartition('.')[0] not in classifier]
     missing = [k for k in expected if k not in found]
     if len(missing) == len(expected):

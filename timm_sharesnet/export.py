@@ -34,6 +34,7 @@ from timm.models import load_state_dict
 from timm.utils import ParseKwargs
 
 from ._pretrained import unknown_model
+from ._rebuild import other_net, record_args
 from ._train_weights import unreadable
 from .fold import fold
 
@@ -332,9 +333,10 @@ def load_model(
         except Exception as e:  # torch.load raises many kinds at a damaged file
             raise ExportError(f'{checkpoint} {unreadable(e)}') from e
     try:
-        model = timm.create_model(name, pretrained=checkpoint is None, **kwargs)
+        model: Any = timm.create_model(name, pretrained=checkpoint is None, **kwargs)
     except Exception as e:
         raise ExportError(f'{name} cannot be created: {e}') from e
+    record_args(model, name, kwargs)
     if state_dict is not None:
         try:
             model.load_state_dict(state_dict, strict=True)
@@ -344,6 +346,9 @@ def load_model(
                 f'{checkpoint} is no checkpoint of {name} with these arguments (--num-classes, --in-chans, '
                 f'--model-kwargs): {reason}'
             ) from e
+        other = other_net(str(checkpoint), model)
+        if other:
+            raise ExportError(f'{checkpoint} {other}')
     return model.eval()
 
 

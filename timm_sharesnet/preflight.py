@@ -19,7 +19,9 @@ something else, and one line on stderr names the file or key. train.py reports t
     32 px on an ImageNet net (1 x 1) and 224 px on a CIFAR net (56 x 56), which cannot be meant, and allows what may be:
     Tiny-ImageNet's 64 px on an ImageNet net, 64 or 96 px on a CIFAR net.
   * `resume` and `initial_checkpoint` can be read (without running code in them) and hold exactly the model's tensors,
-    `pretrained_path` may have another classifier. With `pretrained`, timm has weights for the model.
+    `pretrained_path` may have another classifier. A config.json beside the file describes the same net: with another
+    activation or other blocks that share, the same tensors compute something else. With `pretrained`, timm has weights
+    for the model.
   * The teacher of a distillation has weights and the student's classes; a `local-dir:` folder loads.
 
 Datasets that are streamed or looked up while training (`hfds/`, `hfids/`, `tfds/`, `wds/`) are not checked, and the
@@ -29,7 +31,6 @@ summary says so. The options are those of train.py at the versions in `train_opt
 import argparse
 import difflib
 import importlib
-import json
 import logging
 import os
 import stat
@@ -50,6 +51,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ParseKwargs
 
 from ._pretrained import unknown_model
+from ._rebuild import TRAIN_ARGS, TRAIN_OPTIONS
 from ._train_data import check_data
 from ._train_values import PreflightError, check_values, reason, shown
 from ._train_weights import check_checkpoint, check_local_dir, check_pretrained, check_teacher, resolve_in_chans
@@ -65,26 +67,11 @@ __all__ = [
     'train_parser',
 ]
 
-_TABLE: Dict[str, Any] = json.loads((Path(__file__).parent / 'train_options.json').read_text())
-VERSIONS: List[str] = list(_TABLE['versions'])  # timm versions whose train.py the table knows, the newest last
+VERSIONS: List[str] = list(TRAIN_OPTIONS['versions'])  # timm versions whose train.py the table knows, the newest last
 _TYPES = {'int': int, 'float': float, 'str': str}
 _MEANT = {'int': 'an integer', 'float': 'a number', 'str': 'text', 'bool': 'true or false', 'dict': 'a mapping'}
 _CONFIG_BYTES = 100_000  # the args.yaml that train.py writes has 5,000
 _CONFIG_DEPTH = 32
-# What train.py passes to create_model, and from which option
-_MODEL_ARGS = {
-    'pretrained': 'pretrained',
-    'checkpoint_path': 'initial_checkpoint',
-    'in_chans': 'in_chans',
-    'num_classes': 'num_classes',
-    'drop_rate': 'drop',
-    'drop_path_rate': 'drop_path',
-    'drop_block_rate': 'drop_block',
-    'global_pool': 'gp',
-    'bn_momentum': 'bn_momentum',
-    'bn_eps': 'bn_eps',
-    'scriptable': 'torchscript',
-}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -94,7 +81,7 @@ class _Parser(argparse.ArgumentParser):
 
 def train_options(version: str = VERSIONS[-1]) -> Dict[str, Dict[str, Any]]:
     """The options of train.py by key, for one of `VERSIONS`: `flags`, `type`, `nargs`, `choices`, `default`."""
-    return {row['name']: row for row in _TABLE['options'] if version in row.get('versions', VERSIONS)}
+    return {row['name']: row for row in TRAIN_OPTIONS['options'] if version in row.get('versions', VERSIONS)}
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -261,11 +248,11 @@ def build_model(args: argparse.Namespace) -> Any:
     unknown = '' if source in ('local-dir', 'hf-hub', 'hf_hub') else unknown_model(args.model)
     if unknown:
         raise PreflightError(f'model: {unknown}')
-    kwargs = {key: getattr(args, option) for key, option in _MODEL_ARGS.items()}
+    kwargs = {key: getattr(args, option) for key, option in TRAIN_ARGS.items()}
     kwargs.update(pretrained=False, checkpoint_path='', in_chans=resolve_in_chans(args))
     for key in args.model_kwargs:
         if key in kwargs:
-            raise PreflightError(f"model_kwargs: {key} is train.py's own, by the option {_MODEL_ARGS[key]}.")
+            raise PreflightError(f"model_kwargs: {key} is train.py's own, by the option {TRAIN_ARGS[key]}.")
     try:
         model: Any = timm.create_model(args.model, **kwargs, **args.model_kwargs)
         if args.grad_checkpointing:

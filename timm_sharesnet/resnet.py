@@ -17,7 +17,7 @@ from typing import Any, Dict, Optional, Tuple, Type, Union
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import generate_default_cfgs, get_pretrained_cfg, is_model_in_modules, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ._pretrained import create, unknown_model, with_sources
@@ -221,10 +221,18 @@ default_cfgs = generate_default_cfgs(
 
 
 def _base_cfg(base: str) -> Dict[str, Any]:
-    """The default cfg of a model, without its weights."""
+    """The default cfg of a plain model, without its weights."""
+    if not isinstance(base, str):
+        raise TypeError(f"sharesnet: base must be the name of a model such as 'resnet50', got {base!r}.")
+    unknown = unknown_model(base)
+    if unknown:
+        raise ValueError(f'sharesnet: {unknown}')
+    arch = base.partition('.')[0]
+    if arch.startswith('sha') and is_model_in_modules(arch, ['resnet', 'resnetv2']):
+        raise ValueError(f'sharesnet: base must be a plain model, and {base} shares: create it by its own name.')
     cfg = get_pretrained_cfg(base)
     if cfg is None:
-        raise ValueError(f'sharesnet: {unknown_model(base) or "it has no cfg: " + base}')
+        raise ValueError(f'sharesnet: {base} has no cfg.')
     cfg = cfg.to_dict(remove_source=True)
     return {**cfg, 'architecture': 'sharesnet', 'tag': 'untrained'}
 
@@ -237,12 +245,16 @@ def sharesnet(
     from . import resnetv2
     from .share import create_shared
 
+    cfg, base_cfg = kwargs.pop('pretrained_cfg', None), _base_cfg(base)
     if base.partition('.')[0] in resnetv2.default_cfgs:
         kwargs.setdefault('feature_cfg', dict(out_indices=(0, 1, 2, 3)))
-    cfg = kwargs.pop('pretrained_cfg', None)
+    if isinstance(cfg, str) and cfg != base_cfg['tag']:
+        raise RuntimeError(f'Invalid pretrained tag ({cfg}) for sharesnet.')  # timm's error
     if not cfg or isinstance(cfg, str):
-        cfg = _base_cfg(base)
-    return create(partial(create_shared, base, share_rate), 'sharesnet', pretrained, pretrained_cfg=cfg, **kwargs)
+        cfg = base_cfg
+    model = create(partial(create_shared, base, share_rate), 'sharesnet', pretrained, pretrained_cfg=cfg, **kwargs)
+    model._model_args = {**getattr(model, '_model_args', {}), 'base': base, 'share_rate': share_rate}
+    return model
 
 
 @register_model

@@ -3,11 +3,12 @@
     python -m timm_sharesnet.share MODEL --rate R --output DIR [--checkpoint FILE] [--calibration-dir DIR]
 
 makes of a trained plain ResNet a warm start for a shared one (`share`). MODEL is a name that timm knows (with its
-pretrained weights), such a name with `--checkpoint FILE` (of timm's train.py, averaged weights if it has them),
-`local-dir:DIR` or `hf-hub:ORG/NAME`. On images of the calibration folder, without labels, kernels and the last 1x1 of
-blocks are refitted, and batch norm statistics estimated anew. Written is DIR with model.safetensors and config.json,
-which timm loads (`local-dir:DIR`), and train.py (`--initial-checkpoint DIR/model.safetensors` beside the `--model` and
-`--model-kwargs` that are printed); nothing if anything is wrong. Exit code 0, or 2 and one line that says what is.
+pretrained weights), such a name with `--checkpoint FILE` (of timm's train.py, averaged weights if it has them; with the
+`--num-classes`, `--in-chans` and `--model-kwargs` that it was trained with), `local-dir:DIR` or `hf-hub:ORG/NAME`. On
+images of the calibration folder, without labels, kernels and the last 1x1 of blocks are refitted, and batch norm
+statistics estimated anew. Written is DIR with model.safetensors and config.json, which timm loads (`local-dir:DIR`),
+and train.py by the options that are printed: the model, all that it was built with, and `--initial-checkpoint`. Nothing
+is written if anything is wrong. Exit code 0, or 2 and one line that says what is.
 
 All but the 3x3 that are shared is copied; of the kernels of a run of blocks one is made. Kernels of different blocks
 have no order of channels in common, so by default each block's inner channels are first permuted, which leaves its
@@ -19,6 +20,7 @@ import ast
 import copy
 import itertools
 import math
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -28,13 +30,15 @@ import torch
 import torch.nn as nn
 from timm.models import create_model, is_model, save_for_hf
 from timm.models.resnet import ResNet
+from timm.utils import ParseKwargs
 
 from ._calibrate import Fit, calibrate, can_fit
 from ._pretrained import drop_repeated_args
+from ._rebuild import build, difference, model_args, train_options
 from .fold import double
 from .resnet import ShaResNet
 from .resnetv2 import CifarResNetV2
-from .stage import SharedStage, ShareRate, SharingBlock, is_plain, split_runs, stage_rates
+from .stage import SharedStage, ShareRate, SharingBlock, as_python, is_plain, split_runs, stage_rates
 
 __all__ = ['share', 'unshare']
 
@@ -43,6 +47,7 @@ _SOURCES = 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'state_dict', 'url'
 _ROUNDS, _STARTS = 3, 3
 _GAIN = 1e-3  # relative, below which an alignment is done
 _SMALLEST = 0.1  # RMS of a channel / mean of all, below which it is not brought to 1: it is off, and would come on
+_OFF = 1e-6  # mean RMS of all channels below which none is: batch norm gives values near 1
 
 
 class Merge(NamedTuple):
@@ -95,18 +100,19 @@ def share(
         >>> print(shared.share_report.merges[0].blocks, sum(p.numel() for p in shared.parameters()))
         (1, 2) 24193064
 
-    Everything but the 3x3 that are shared is copied. At rate 0 the result computes what the model does.
+    Everything but the 3x3 that are shared is copied. At rate 0 and without images, the result computes what the model
+    does; with images, it has their statistics.
 
     Args:
         model: timm's ResNet of BasicBlock or Bottleneck (any depth, width, stem, attention, classes and channels), or
-            an unshared net of this package. It is not changed.
+            an unshared net of this package (also one of a shared net's class, at rate 0). It is not changed.
         rate: How much a stage shares, for all stages or for each: see `split_runs`. 1 is the paper.
         init: The kernel that the blocks of a run share, in units in which each input has an RMS of 1 and each output a
             variance of 1: 'align' is the mean after the blocks' inner channels were permuted to bring the kernels near
             to each other, 'mean' the mean without, 'first' the first block's, 'random' a new one.
         images: Batches of unlabelled images, preprocessed, of shape (B, C, H, W), or tuples that begin with one. A
-            thousand images will do. The statistics of all batch norms are estimated anew; without, any merged net is
-            near chance until it is trained.
+            thousand images will do. The statistics of all batch norms are estimated anew, each image counting the same;
+            without, any merged net is near chance until it is trained. Frozen batch norms keep theirs.
         refit: Before that, given `images`, set each shared kernel (of 'align' and 'mean') to the one whose outputs are
             nearest to those that it stands for, and refit the last 1x1 of a bottleneck, or the last batch norm of a
             basic block, one after the other, so that its output is the plain net's again, by ridge regression. It keeps
@@ -115,16 +121,24 @@ def share(
 
     Returns:
         A net of this package in the model's mode, of a registered model: saved, it loads by name. Its `share_report`
-        says and prints what was merged.
+        says and prints what was merged, and whether its name and arguments do not build it again.
 
     Raises:
-        TypeError: If the model is no such net.
-        ValueError: If its blocks cannot share, or an argument is not as above.
+        TypeError: If the model is no such net, or `images` are none.
+        ValueError: If its blocks cannot share, its weights are not there or not finite, or an argument is not as above.
     """
     if init not in INITS:
         raise ValueError(f'init must be one of {", ".join(INITS)}, got {init!r}.')
     blocks = {name: list(stage) for name, stage in _plain_stages(model).items()}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError('The model is on the meta device and has no values to share: load its weights first.')
+        if not tensor.isfinite().all():
+            raise ValueError(f'{name} has values that are not finite, nothing can be made of them.')
     shared = copy.deepcopy(model)
+    synchronised = [m for m in shared.modules() if type(m) is nn.SyncBatchNorm]
+    for m in synchronised:  # each process has all images
+        m.__class__ = nn.BatchNorm2d
     runs = _share_stages(shared, rate)
     merges: List[Merge] = []
     fits: List[Fit] = []
@@ -141,26 +155,55 @@ def share(
                     notes.append(f'{name}: the last 1x1 is not refitted, as it is not followed by a BatchNorm2d')
         if images is not None:
             calibrate(shared, model, runs, fits if refit else [], images, progress)
+            frozen = sum(type(m).__name__.startswith('FrozenBatchNorm') for m in shared.modules())
+            if frozen:
+                notes.append(f'{frozen} batch norms are frozen and keep their statistics, which may not fit')
         elif merges:
             notes.append('no images were given: the statistics of batch norms do not fit, and nothing is refitted')
-    _name_shared(shared, rate)
-    shared.share_report = Report(tuple(merges), tuple(dict.fromkeys(notes)))
+    for m in synchronised:
+        m.__class__ = nn.SyncBatchNorm
+    notes.append(_name_shared(shared, rate))
+    shared.share_report = Report(tuple(merges), tuple(filter(None, dict.fromkeys(notes))))
     return shared
 
 
-def _name_shared(model: nn.Module, rate: ShareRate) -> None:
-    """Let a model's config tell by what registered model, with which arguments, it is built again."""
-    cfg = model.pretrained_cfg
-    base = cfg['architecture']
-    name, args = (f'sha{base}', {}) if is_model(f'sha{base}') else ('sharesnet', {'base': base})
+def _name_shared(model: nn.Module, rate: ShareRate) -> str:
+    """Let a model's config tell by what registered model, with which arguments, it is built again.
+
+    Returns:
+        What to say if it cannot.
+    """
+    if not getattr(model, 'pretrained_cfg', None):
+        return 'the net was made from its class and not by timm.create_model, so there is no name to load it by'
+    cfg, args = model.pretrained_cfg, dict(getattr(model, '_model_args', {}))
+    base = args.pop('base', cfg['architecture']).partition('.')[0]  # a tag is one of weights
+    plain = base.removeprefix('sha')
+    base = plain if is_model(plain) else base
+    name = f'sha{base}' if is_model(f'sha{base}') else 'sharesnet'
     cfg.update(architecture=name)
     for key in (*_SOURCES, 'tag'):
         cfg.pop(key, None)
-    model._model_args = {**getattr(model, '_model_args', {}), **args, 'share_rate': rate}  # timm's, for save_for_hf
+    base_args = {'base': base} if name == 'sharesnet' else {}
+    model._model_args = {**args, **base_args, 'share_rate': as_python(rate)}  # timm's, for save_for_hf
+    fault = unlike_its_name(model)
+    if not fault:
+        return ''
+    return (
+        f'timm.create_model does not build it again by name and recorded arguments ({fault}): give all that it was '
+        f'built with to timm.models.save_for_hf(..., model_args=dict(...))'
+    )
+
+
+def unlike_its_name(model: nn.Module) -> str:
+    """What a model has that its name and recorded arguments do not build. Empty if they build it."""
+    try:
+        return difference(model, build(model))
+    except (RuntimeError, TypeError, ValueError) as e:  # of a model's constructor
+        return ' '.join(str(e).split())
 
 
 def _plain_stages(model: nn.Module) -> Dict[str, nn.Module]:
-    """The stages of a net that can be shared, by name.
+    """The stages of a net that can be shared, by name, without those that were pruned.
 
     Raises:
         TypeError: If it is none.
@@ -171,7 +214,10 @@ def _plain_stages(model: nn.Module) -> Dict[str, nn.Module]:
             f'{type(model).__name__} cannot be shared: it takes a timm.models.ResNet (resnet18 to resnet152, their '
             f'wide, -d, -t, SE, ECA and ResNeXt variants), or an unshared net of timm_sharesnet.'
         )
-    stages = {info['module']: model.get_submodule(info['module']) for info in model.feature_info[1:]}
+    stages = {name: model.get_submodule(name) for name in _stage_names(model)}
+    stages = {name: stage for name, stage in stages.items() if any(stage.children())}
+    if not stages:
+        raise TypeError(f'{type(model).__name__} has no stage left to be shared.')
     for name, stage in stages.items():
         if isinstance(stage, SharedStage) and (stage.conv is not None or any(block.folded for block in stage)):
             raise ValueError(f'{name} is shared or folded already: share the net that it was made of, or unshare it.')
@@ -180,9 +226,14 @@ def _plain_stages(model: nn.Module) -> Dict[str, nn.Module]:
                 raise TypeError(f'{name}.{i} is a {type(block).__name__}, only BasicBlock and Bottleneck can share.')
             if not is_plain(block.conv2):
                 raise ValueError(
-                    f'{name}.{i}.conv2 is no plain convolution, or has a hook or a parametrization: {block.conv2}'
+                    f'{name}.{i}.conv2 is no plain convolution, or is folded, or has a hook or a parametrization: '
+                    f'{block.conv2}'
                 )
     return stages
+
+
+def _stage_names(model: nn.Module) -> List[str]:
+    return [info['module'] for info in model.feature_info[1:]]
 
 
 _SHARING = {kind.plain: kind for kind in SharingBlock.__subclasses__() if kind.plain}
@@ -191,10 +242,11 @@ _SHARING = {kind.plain: kind for kind in SharingBlock.__subclasses__() if kind.p
 def _share_stages(model: nn.Module, rate: ShareRate) -> Dict[str, List[Tuple[int, ...]]]:
     """Turn the stages of a plain net into shared ones, in place. Returns the runs that share, by stage."""
     stages = _plain_stages(model)
-    rates = stage_rates(rate, len(stages))
+    names = _stage_names(model)
+    rates = stage_rates(rate, len(names))
     runs = {}
-    for i, (name, stage) in enumerate(stages.items()):
-        blocks = list(stage)
+    for name, stage in stages.items():
+        i, blocks = names.index(name), list(stage)
         for block in blocks:
             block.__class__ = _SHARING.get(type(block), type(block))  # they add no attribute to timm's
         first = blocks[0].first_shared(i)
@@ -240,24 +292,30 @@ def _merge(
         after = _mean_cosine(kernels)
     elif init == 'align':
         notes.append(f'{name}: grouped convolutions are not aligned, their mean was taken')
-    norms = [kernel.norm() for kernel in kernels]
+    norms = [_norm(kernel) for kernel in kernels]
     if init == 'first':
         kernel = kernels[0]
     elif init == 'random':
         kernel = torch.randn_like(kernels[0]) / math.sqrt(kernels[0][0].numel())
     else:
         kernel = sum(kernels) / len(kernels)  # type: ignore[assignment]
-        kernel = kernel * (sum(norms) / len(norms) / kernel.norm())
+        kernel = kernel * (sum(norms) / len(norms) / _norm(kernel))
     for i, (block, norm) in enumerate(zip(blocks, norms, strict=True)):
-        if _norm_after(block) is None:  # its scale would be lost
-            _scale_input(block, (norm / kernel.norm()).expand(kernel.shape[1]))
-            kernels[i] = kernels[i] * (kernel.norm() / norm)
+        if _norm_after(block) is None and kernel.any():  # its scale would be lost
+            scale = kernels[i].norm() / _norm(kernel)
+            _scale_input(block, scale.expand(kernel.shape[1]))
+            kernels[i] = kernels[i] * (_norm(kernel) / norm)
     conv = stage.conv_of(run[0])
     conv.weight.copy_(kernel)
     saved = (len(run) - 1) * conv.weight.numel()
     merge = Merge(name, tuple(run), saved, before, after)
     fitted = init in ('align', 'mean') and convs[0].groups == 1
     return merge, Fit(name, tuple(run), kernels if fitted else None, _norm_after(blocks[0]) is not None)
+
+
+def _norm(kernel: torch.Tensor) -> torch.Tensor:
+    """To divide by, also that of a kernel of zeros."""
+    return kernel.norm().clamp(min=torch.finfo(kernel.dtype).tiny)
 
 
 def _layers(block: SharingBlock) -> Tuple[List[str], List[str]]:
@@ -295,9 +353,10 @@ def _normalize(block: SharingBlock, kernel: torch.Tensor) -> torch.Tensor:
     norm = _norm_before(block)
     if norm is not None and kernel.shape[1] == norm.num_features:
         rms = _rms_after_relu(double(norm.weight), double(norm.bias))
-        rms = rms.clamp(min=_SMALLEST * rms.mean().item())
-        kernel = kernel * rms[None, :, None, None]
-        _scale_input(block, 1 / rms)
+        if rms.mean() > _OFF:
+            rms = rms.clamp(min=_SMALLEST * rms.mean().item())
+            kernel = kernel * rms[None, :, None, None]
+            _scale_input(block, 1 / rms)
     norm = _norm_after(block)
     if norm is not None:
         std = (double(norm.running_var) + norm.eps).sqrt()
@@ -336,7 +395,7 @@ def _reorder(layer: nn.Module, order: torch.Tensor) -> None:
 
 
 def _mean_cosine(kernels: Sequence[torch.Tensor]) -> float:
-    units = torch.stack([kernel.flatten() / kernel.norm() for kernel in kernels])
+    units = torch.stack([kernel.flatten() / _norm(kernel) for kernel in kernels])
     n = len(kernels)
     return ((units @ units.T).sum().item() - n) / (n * (n - 1))
 
@@ -374,7 +433,7 @@ def _starts(
     if not outputs:
         return [(torch.arange(i), torch.arange(o))]
     signatures = [k.flatten(2).permute(0, 2, 1).sort(dim=2).values.flatten(1) for k in (target, kernel)]
-    outs = _assign(-torch.cdist(signatures[0] / signatures[0].norm(), signatures[1] / signatures[1].norm()))
+    outs = _assign(-torch.cdist(*(signature / _norm(signature) for signature in signatures)))
     random = [torch.randperm(o, generator=generator) for _ in range(_STARTS - 1)]
     return [(_best_inputs(target, kernel[order]), order) for order in (outs, *random)]
 
@@ -476,7 +535,9 @@ def _plain_stage(stage: SharedStage) -> nn.Module:
 
 def _name_twin(cfg: dict, base: Optional[str]) -> None:
     name = cfg.get('architecture', '')
-    twin = base or name.removeprefix('sha')  # sharesnet50 -> resnet50, shawrn40_4 -> wrn40_4
+    twin = (
+        base.partition('.')[0] if base else name.removeprefix('sha')
+    )  # sharesnet50 -> resnet50, shawrn40_4 -> wrn40_4
     if twin != name and is_model(twin):
         cfg['architecture'] = twin
         for key in _SOURCES:
@@ -513,6 +574,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--init', choices=INITS, default='align', help='kernel that blocks share (align)')
     parser.add_argument('--checkpoint', metavar='FILE', help='weights to take in place of the pretrained ones')
     parser.add_argument('--num-classes', type=int, metavar='N', help="the checkpoint's classes, if not the default")
+    parser.add_argument('--in-chans', type=int, metavar='N', help="the checkpoint's input channels, likewise")
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
     parser.add_argument('--calibration-dir', metavar='DIR', help='folder of images, in subfolders or not')
     parser.add_argument(
         '--no-refit', action='store_true', help='estimate statistics only, which takes memory for one batch'
@@ -536,13 +599,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line, see the module. Returns the exit code, 0 or 2."""
     from .export import ExportError, load_model
 
-    args = _parser().parse_args(argv)
+    try:
+        args = _parser().parse_args(argv)
+    except ValueError:  # of ParseKwargs
+        _parser().error('--model-kwargs must be KEY=VALUE')
     try:
         if args.output.exists():
             raise ExportError(f'{args.output} exists already')
         if args.calibration_images < 1:
             raise ExportError(f'--calibration-images must be positive, got {args.calibration_images}')
-        model = load_model(args.model, args.checkpoint, args.num_classes)
+        model = load_model(args.model, args.checkpoint, args.num_classes, args.in_chans, args.model_kwargs)
         images = None
         if args.calibration_dir is not None:
             try:
@@ -553,10 +619,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             shared = share(model, args.rate, args.init, images, not args.no_refit, progress=True)
         except (ImportError, TypeError, ValueError) as e:
             raise ExportError(str(e)) from e
+        fault = unlike_its_name(shared)
+        if fault:
+            raise ExportError(f'{args.model} is not what timm builds by its name and arguments: {fault}')
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.share-', dir=args.output.parent) as temporary:
             folder = Path(temporary, args.output.name)
-            save_for_hf(shared, str(folder), model_args=_options(shared), safe_serialization=True)
+            save_for_hf(shared, str(folder), model_args=model_args(shared), safe_serialization=True)
             drop_repeated_args(folder / 'config.json')
             folder.rename(args.output)
     except ExportError as e:
@@ -566,17 +635,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f'share: {e.filename}: {e.strerror}', file=sys.stderr)
         return 2
     print(shared.share_report)
-    options = ' '.join(f'{k}={str(v).replace(" ", "")}' for k, v in _options(shared).items())
     print(f'{args.output}: {sum(p.numel() for p in shared.parameters()):,} parameters, to train on with')
-    print(
-        f'  --model {shared.pretrained_cfg["architecture"]} --model-kwargs {options} '
-        f'--initial-checkpoint {args.output}/model.safetensors'
-    )
+    weights = str(args.output / 'model.safetensors')
+    print(f'  {shlex.join([*train_options(shared), "--initial-checkpoint", weights])}')
     return 0
-
-
-def _options(model: nn.Module) -> Dict[str, Any]:
-    return {k: v for k, v in model._model_args.items() if k in ('base', 'share_rate', 'layers', 'widen_factor')}
 
 
 if __name__ == '__main__':

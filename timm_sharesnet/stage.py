@@ -180,7 +180,7 @@ def split_runs(first: int, end: int, rate: Rate) -> List[Tuple[int, ...]]:
     Raises:
         ValueError: If the rate is no number from 0 to 1, or a run has a block that cannot share, or that is in two.
     """
-    rate = _as_python(rate)
+    rate = as_python(rate)
     if _is_number(rate):
         if not 0 <= rate <= 1:
             raise ValueError(f'share_rate must be from 0 to 1, or the runs of blocks that share, got {rate}.')
@@ -212,19 +212,19 @@ def stage_rates(share_rate: ShareRate, stages: int) -> List[Rate]:
     Raises:
         ValueError: If it is no number, and no list with as many as there are stages.
     """
-    share_rate = _as_python(share_rate)
-    if _is_number(share_rate):
-        return [share_rate] * stages
-    if not (isinstance(share_rate, list) and len(share_rate) == stages):
-        raise ValueError(f'share_rate must be one number, or one for each of the {stages} stages, got {share_rate!r}.')
-    return share_rate
+    rates = as_python(share_rate)
+    if _is_number(rates):
+        return [rates] * stages
+    if not (isinstance(rates, list) and len(rates) == stages):
+        raise ValueError(f'share_rate must be one number, or one for each of the {stages} stages, got {rates!r}.')
+    return rates
 
 
-def _as_python(value: Any) -> Any:
+def as_python(value: Any) -> Any:
     """A rate of numbers and lists, if it was given as tuples, ranges, or scalars and arrays of numpy or torch."""
     if hasattr(value, 'tolist'):
         value = value.tolist()
-    return [_as_python(v) for v in value] if isinstance(value, (list, tuple, range)) else value
+    return [as_python(v) for v in value] if isinstance(value, (list, tuple, range)) else value
 
 
 def _is_number(value: Any) -> bool:

@@ -1,0 +1,168 @@
+"""What a model was built with, so that what is saved, printed or checked builds that model and no other.
+
+Names and shapes of tensors do not tell what a net computes: with another activation, pooling or stride, or other runs
+of blocks that share, the same weights load strictly.
+"""
+
+import ast
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Union
+
+import timm
+import torch.nn as nn
+from timm.data import resolve_data_config
+from timm.layers import DropBlock2d, DropPath
+from timm.models import create_model, is_model, load_model_config_from_hf, parse_model_name
+from timm.models._hub import load_model_config_from_path
+
+TRAIN_OPTIONS: Dict[str, Any] = json.loads((Path(__file__).parent / 'train_options.json').read_text())
+# What train.py passes to create_model, and from which option
+TRAIN_ARGS = {
+    'pretrained': 'pretrained',
+    'checkpoint_path': 'initial_checkpoint',
+    'in_chans': 'in_chans',
+    'num_classes': 'num_classes',
+    'drop_rate': 'drop',
+    'drop_path_rate': 'drop_path',
+    'drop_block_rate': 'drop_block',
+    'global_pool': 'gp',
+    'bn_momentum': 'bn_momentum',
+    'bn_eps': 'bn_eps',
+    'scriptable': 'torchscript',
+}
+_DATA_OPTIONS = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct'
+_NOTHING = (nn.Identity, nn.Dropout, DropPath, DropBlock2d)  # in evaluation
+
+
+def record_args(model: Any, name: str, kwargs: Dict[str, Any]) -> None:
+    """Record the arguments that `timm.create_model` built a model by, where timm does not (1.0.28)."""
+    if not hasattr(timm.models, 'get_model_args'):
+        source, folder = parse_model_name(name)
+        load = load_model_config_from_path if source == 'local-dir' else load_model_config_from_hf
+        saved = load(folder)[2] if source else {}
+        model._model_args = {**getattr(model, '_model_args', {}), **(saved or {}), **kwargs}
+
+
+def build(model: Any) -> Any:
+    """The model that its name and arguments build, without values."""
+    return create_model(model.pretrained_cfg['architecture'], **getattr(model, '_model_args', {}), device='meta')
+
+
+def model_args(model: Any) -> Dict[str, Any]:
+    """Arguments with which `timm.create_model` builds a model again, beside its name.
+
+    They are those that timm recorded (since 1.0.29), and what was changed since (`reset_classifier`).
+    """
+    built = current_args(build(model))
+    changed = {key: value for key, value in current_args(model).items() if value != built[key]}
+    return {**getattr(model, '_model_args', {}), **changed}
+
+
+def current_args(model: Any) -> Dict[str, Any]:
+    """The arguments that can be read off a model, as they can be changed."""
+    pool = getattr(model.global_pool, 'pool_type', model.global_pool)
+    return {'in_chans': model.in_chans, 'num_classes': model.num_classes, 'global_pool': pool}
+
+
+def difference(model: nn.Module, expected: nn.Module, ignored: Iterable[str] = ()) -> str:
+    """The first layer that computes something else, empty if none does, whatever the values of parameters are.
+
+    Dropout and the momentum of batch norms, which are for training, make no difference.
+
+    Args:
+        model: A net.
+        expected: What it should be.
+        ignored: Names of layers that need not be alike.
+    """
+    found, wanted = _layers(model), _layers(expected)
+    for name in {**wanted, **found}:
+        if name not in ignored and found.get(name) != wanted.get(name):
+            return f'{name or "the net"} is {found.get(name, "missing")} in place of {wanted.get(name, "none")}'
+    return ''
+
+
+def _layers(model: nn.Module) -> Dict[str, str]:
+    layers = {}
+    for name, m in model.named_modules():
+        if not isinstance(m, _NOTHING):
+            container = isinstance(m, nn.ModuleList) or type(m).__repr__ is nn.Module.__repr__  # else it has its own
+            text = f'{type(m).__name__}({m.extra_repr()})' if container else repr(m)
+            layers[name] = re.sub(r', momentum=[^,)]*|, inplace=\w+|inplace=\w+', '', ' '.join(text.split()))
+    return layers
+
+
+def saved_net(weights: Union[str, Path]) -> Optional[nn.Module]:
+    """The net that the config.json beside a file of weights describes (`timm.models.save_for_hf`), without values.
+
+    None if there is no such file, or it is something else.
+
+    Raises:
+        Exception: Of many kinds, if timm cannot build it.
+    """
+    path = Path(weights).absolute().with_name('config.json')
+    try:
+        architecture = json.loads(path.read_text(encoding='utf-8'))['architecture']
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    known = isinstance(architecture, str) and is_model(architecture)
+    return create_model(f'local-dir:{path.parent}', device='meta') if known else None
+
+
+def other_net(weights: Union[str, Path], model: Any, ignored: Iterable[str] = ()) -> str:
+    """What to say if weights whose tensors fit a model are those of another one, by the config.json beside them.
+
+    Args:
+        weights: File of weights.
+        model: The model that they are for.
+        ignored: Names of layers that need not be alike.
+    """
+    try:
+        saved = saved_net(weights)
+    except Exception as e:  # whatever a model's constructor raises
+        return f'lies beside a config.json that builds no model: {type(e).__name__}: {" ".join(str(e).split())}'
+    where = '' if saved is None else difference(model, saved, ignored)
+    if not where:
+        return ''
+    return (
+        f'has the weights of a net that computes something else, by the config.json beside it: {where}. The options '
+        f'for it are {shlex.join(train_options(saved))}'
+    )
+
+
+def train_options(model: Any) -> List[str]:
+    """Options of timm's train.py that build a model and prepare its images, without what is the default."""
+    args, name = model_args(model), model.pretrained_cfg['architecture']
+    default = create_model(name, **{k: v for k, v in args.items() if k == 'base'}, device='meta')
+    args = {k: v for k, v in args.items() if current_args(default).get(k) != v}
+    flags = {option['name']: option['flags'][-1] for option in TRAIN_OPTIONS['options'] if option['flags']}
+    options = ['--model', name]
+    data = {key: resolve_data_config({}, model=model)[key] for key in _DATA_OPTIONS}
+    data['input_size'] = (model.in_chans, *data['input_size'][1:])  # from which train.py takes in_chans, too
+    known = resolve_data_config({}, model=default)
+    kwargs = []
+    for key, value in args.items():
+        if key not in TRAIN_ARGS:
+            kwargs.append(f'{key}={_literal(value)}')
+        elif key != 'in_chans':
+            options += [flags[TRAIN_ARGS[key]], str(value)]
+    for key, value in data.items():
+        if _list(value) != _list(known[key]):
+            options += [flags[key], *map(str, _list(value))]
+    return [*options, *(['--model-kwargs', *kwargs] if kwargs else [])]
+
+
+def _list(value: Any) -> List[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _literal(value: Any) -> str:
+    """The text that `timm.utils.ParseKwargs` reads as a value: a literal of Python, or else text."""
+    if isinstance(value, str):
+        try:
+            ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return value
+    return repr(value)
