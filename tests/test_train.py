@@ -164,6 +164,46 @@ def test_config_trains_resumes_and_its_checkpoint_loads(folder, output, config):
     assert validate(folder, values['model'], path, *same) == pytest.approx(float(rows[-1]['eval_top1']))
 
 
+BUILD_ONLY = """
+import runpy, sys, timm, torch
+create_model = timm.models.create_model
+
+def build_only(*args, **kwargs):
+    timm.models.create_model = create_model
+    model = create_model(*args, **kwargs).eval()
+    torch.save(model(torch.load('images.pt')), 'outputs.pt')
+    sys.exit()
+
+timm.models.create_model = build_only
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+# train.py, up to the model that it builds
+
+
+@pytest.mark.parametrize(
+    'name, kwargs, rate',
+    [
+        ('resnet164_cifar', dict(layers=(2, 3, 3), act_layer='silu', global_pool='max'), '0.5,1,[[1,2]]'),
+        ('seresnet50', dict(layers=(2, 2, 3, 1), in_chans=1, num_classes=5, output_stride=16), '0.5,1,[[1,2]],0'),
+    ],
+)
+def test_options_that_share_prints_work_when_pasted(folder, tmp_path, name, kwargs, rate):
+    model = create(name, **kwargs)
+    save_for_hf(model, tmp_path / 'plain', model_args=kwargs, safe_serialization=True)
+    share = ['-m', 'timm_sharesnet.share', f'local-dir:{tmp_path}/plain', '--init', 'mean', '--rate', rate]
+    shared = tmp_path / 'with a space'
+    options = run(folder, *share, '--output', shared).splitlines()[-1]
+    torch.save(torch.randn(2, model.in_chans, 64, 64), folder / 'images.pt')
+    (folder / 'build_only.py').write_text(BUILD_ONLY)
+    command = f'"{sys.executable}" build_only.py train.py --data-dir images --device cpu {options}'
+    env = {**os.environ, 'HF_HUB_OFFLINE': '1'}
+    result = subprocess.run(['bash', '-c', command], cwd=folder, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    expected = timm.create_model(f'local-dir:{shared}', pretrained=True).eval()
+    assert torch.equal(torch.load(folder / 'outputs.pt'), expected(torch.load(folder / 'images.pt')))
+
+
 @pytest.mark.slow
 def test_commands_for_fine_tuning_run_as_they_stand_in_the_readme(folder, output):
     text = (ROOT / 'train_configs' / 'README.md').read_text()
