@@ -646,7 +646,8 @@ def test_checkpoint_of_other_runs_than_its_config_says_is_refused(
     tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    save_for_hf(create('resnet164_cifar', layers=(2, 2, 2), act_layer='silu'), 'plain', safe_serialization=True)
+    kwargs: Dict[str, Any] = dict(layers=(2, 2, 2), act_layer='silu')
+    save_for_hf(create('resnet164_cifar', **kwargs), 'plain', model_args=kwargs, safe_serialization=True)
     argv = ['resnet164_cifar', '--checkpoint', 'plain/model.safetensors', '--init', 'mean', '--output', 'out']
     assert main([*argv, '--model-kwargs', 'layers=(2,2,2)']) == 2
     err = capsys.readouterr().err

@@ -107,8 +107,12 @@ def saved_net(weights: Union[str, Path]) -> Optional[nn.Module]:
         architecture = json.loads(path.read_text(encoding='utf-8'))['architecture']
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    known = isinstance(architecture, str) and is_model(architecture)
-    return create_model(f'local-dir:{path.parent}', device='meta') if known else None
+    if not (isinstance(architecture, str) and is_model(architecture)):
+        return None
+    name = f'local-dir:{path.parent}'
+    model = create_model(name, device='meta')
+    record_args(model, name, {})
+    return model
 
 
 def other_net(weights: Union[str, Path], model: Any, ignored: Iterable[str] = ()) -> str:
