@@ -1,5 +1,8 @@
 """ONNX files of deployed nets: what ONNX Runtime holds after its own optimisation, int8, fp16, and the command line."""
 
+import copy
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -176,7 +179,7 @@ def test_command_writes_fp32_fp16_and_int8_of_a_checkpoint(folder: Path, tmp_pat
             assert (output - model(x[:n])).abs().max() <= tolerance * output.abs().max()
         line = next(line for line in lines if line.startswith(f'{name}: '))
         assert f'{kernels(model)} 3x3 kernels for {uses(model)} uses' in line
-    assert 'calibrating int8 on 20 of 60 images' in lines
+    assert f'calibrating int8 on 20 of 60 images of {folder / "images"}' in lines
     assert 'of 40 others' in lines[-1]
 
 
@@ -207,6 +210,7 @@ def test_command_reads_a_local_dir(tmp_path: Path) -> None:
         (['sharesnet164_cifar', '--output', 'o.onnx', '--int8', '--calibration-dir', 'empty'], 'no images in empty'),
         (['sharesnet164_cifar', '--output', 'o.onnx', '--int8', '--calibration-dir', 'broken'], 'x.png cannot be read'),
         (['sharesnet164_cifar', '--output', 'o.onnx', '--img-size', '0'], 'images of (3, 0, 0)'),
+        (['sharesnet164_cifar', '--output', 'o.onnx', '--img-size', '-5'], 'images of (3, -5, -5)'),
         (['sharesnet164_cifar', '--output', 'o.onnx', '--model-kwargs', 'colour=3'], 'colour'),
     ],
 )
@@ -241,6 +245,85 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     with pytest.raises(ExportError, match='differs from the net'):
         list(export(small('wide'), tmp_path / 'net.onnx'))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'to',
+    [
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')),
+    ],
+)
+def test_a_net_of_another_precision_or_device_is_written_in_fp32_and_not_changed(to: Any, tmp_path: Path) -> None:
+    model = small('wide').to(to)
+    before = copy.deepcopy(model.state_dict())
+    list(export(model, tmp_path / 'net.onnx'))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    model = model.to('cpu', torch.float32)
+    output = torch.from_numpy(run(open_session(tmp_path / 'net.onnx'), images(model).numpy()))
+    assert (output - model(images(model))).abs().max() <= 1e-4 * output.abs().max()
+    assert {tensor.data_type for tensor in onnx.load(tmp_path / 'net.onnx').graph.initializer} <= {
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.INT64,  # shapes
+    }
+
+
+def test_a_net_without_values_is_refused(tmp_path: Path) -> None:
+    part = small('wide')
+    part.norm.to('meta')
+    for model in timm.create_model('shawrn40_4', device='meta').eval(), part:
+        with pytest.raises(ExportError, match='on the meta device and has no values to write: load its weights first'):
+            list(export(model, tmp_path / 'net.onnx'))
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_of_another_size_are_refused_as_torch_says_it(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r'does not take images of \(1, 32, 32\): .*to have 3 channels'):
+        list(export(small('wide').half(), tmp_path / 'net.onnx', (1, 32, 32)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_net_of_one_channel_is_written_for_its_images(tmp_path: Path) -> None:
+    list(export(small('wide', in_chans=1), tmp_path / 'net.onnx'))
+    assert open_session(tmp_path / 'net.onnx').get_inputs()[0].shape[1:] == [1, 32, 32]
+
+
+@pytest.mark.parametrize(
+    'module,function,error,message',
+    [
+        (os, 'replace', OSError(errno.ENOSPC, 'No space left on device'), 'No space left on device'),
+        (onnx, 'save', OSError(), 'OSError'),
+    ],
+)
+def test_a_full_disk_is_said_in_one_line_and_nothing_is_left(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    capsys: Any,
+    module: Any,
+    function: str,
+    error: OSError,
+    message: str,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, function, fail)
+    assert main([*NET, '--checkpoint', str(folder / 'c.pth'), '--output', 'net.onnx']) == 2
+    assert capsys.readouterr().err == f'export: net.onnx: {message}\n'
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_onnx_runtime_cannot_do_is_said_with_the_folder_that_may_be_full(tmp_path: Path) -> None:
+    (tmp_path / 'bad.onnx').write_bytes(b'no model')
+    with pytest.raises(ExportError, match='^bad.onnx cannot be optimised, with temporary files in .*Protobuf'):
+        inspect(tmp_path / 'bad.onnx')
+    with pytest.raises(ExportError, match='^bad.onnx cannot be quantized, with temporary files in '):
+        quantize(tmp_path / 'bad.onnx', tmp_path / 'int8.onnx', [images(small('wide')).numpy()])
+    assert [path.name for path in tmp_path.iterdir()] == ['bad.onnx']
 
 
 def test_missing_packages_are_named_with_the_extra(tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ image preprocessed as timm does, `logits` the output. Each file is opened in ONN
 its size is printed, the 3x3 kernels that ONNX Runtime holds after its own optimisation, and the memory of a session.
 
 Written are FILE.onnx, and on demand FILE_fp16.onnx (input and output stay fp32) and FILE_quantized.onnx (int8, static
-QDQ, a scale for each channel). Weights beyond 16 MB are in FILE.onnx_data beside the file, which ONNX Runtime maps into
-memory and does not copy. Nothing is written if anything is wrong. Exit code 0, or 2 and one line that says what is.
+QDQ, a scale for each channel), calibrated with images of DIR and its subfolders, or of DIR/train alone if DIR has
+splits. Weights beyond 16 MB are in FILE.onnx_data beside the file, which ONNX Runtime maps into memory and does not
+copy. Nothing is written if anything is wrong. Exit code 0, or 2 and one line that says what is.
 """
 
 import argparse
+import contextlib
 import copy
+import itertools
 import json
 import logging
 import math
@@ -24,15 +27,17 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterator, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Union
 
 import timm
 import torch
 import torch.nn as nn
-from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.models import load_state_dict
 from timm.utils import ParseKwargs
 
+from ._cli import CommandError as ExportError
+from ._cli import one_line, reason
+from ._images import FolderImages, image_size
 from ._pretrained import unknown_model
 from ._rebuild import other_net, record_args
 from ._train_weights import unreadable
@@ -54,10 +59,6 @@ EXTERNAL_ABOVE = 16e6  # bytes of weights
 INPUT, OUTPUT = 'pixel_values', 'logits'  # the Hub's convention for image classification
 COMPARED = 1000  # images, at most
 TOLERANCE = {'fp32': 1e-4, 'fp16': 5e-2}  # largest difference of an output / largest output
-
-
-class ExportError(Exception):
-    """What is wrong, in one line."""
 
 
 class Contents(NamedTuple):
@@ -151,6 +152,16 @@ def _save(proto: Any, path: Path) -> None:
         data.chmod(path.stat().st_mode)  # onnx lets nobody else read it
 
 
+@contextlib.contextmanager
+def _temporary(fault: str) -> Iterator[Path]:
+    """A folder for files of onnx and ONNX Runtime, which fail in many ways if it is full."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield Path(folder)
+        except Exception as e:
+            raise ExportError(f'{fault}, with temporary files in {tempfile.gettempdir()}: {reason(e)}') from e
+
+
 def quantize(path: Union[str, Path], target: Union[str, Path], batches: Sequence[Any]) -> None:
     """Quantize an ONNX file to int8: static QDQ, as ONNX Runtime recommends (after `quant_pre_process`).
 
@@ -171,8 +182,8 @@ def quantize(path: Union[str, Path], target: Union[str, Path], batches: Sequence
             batch = next(self.batches, None)
             return None if batch is None else {INPUT: batch}
 
-    with tempfile.TemporaryDirectory() as folder:
-        prepared, quantized = Path(folder, 'prepared.onnx'), Path(folder, 'quantized.onnx')
+    with _temporary(f'{Path(path).name} cannot be quantized') as folder:
+        prepared, quantized = folder / 'prepared.onnx', folder / 'quantized.onnx'
         quant_pre_process(str(path), str(prepared))
         quantize_static(
             str(prepared),
@@ -184,7 +195,8 @@ def quantize(path: Union[str, Path], target: Union[str, Path], batches: Sequence
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
-        _save(onnx.load(quantized), Path(target))
+        proto = onnx.load(quantized)
+    _save(proto, Path(target))
 
 
 # Reading
@@ -212,8 +224,8 @@ def inspect(path: Union[str, Path]) -> Contents:
 
     path = Path(path)
     data = path.with_name(path.name + '_data')
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder, 'optimized.onnx')
+    with _temporary(f'{path.name} cannot be optimised') as folder:
+        optimized = folder / 'optimized.onnx'
         open_session(path, optimized_model_filepath=str(optimized))
         graph = onnx.load(optimized, load_external_data=False).graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -277,37 +289,6 @@ def session_memory(path: Union[str, Path], entries: Optional[Dict[str, str]] = N
 # The command
 
 
-class _Images:
-    """Images of a folder, preprocessed for a model: some to calibrate with, read at once, and others."""
-
-    def __init__(
-        self, folder: Union[str, Path], model: nn.Module, input_size: Tuple[int, int, int], count: int
-    ) -> None:
-        try:
-            self.dataset = create_dataset('', root=str(folder))
-        except (AssertionError, RuntimeError) as e:  # there is no folder, or no image
-            raise ExportError(f'there are no images in {folder}') from e
-        config = resolve_data_config({'input_size': input_size}, model=model)
-        self.dataset.transform = create_transform(**config)
-        self.calibrated = self.spread(count)
-        self.calibration = list(self.batches(self.calibrated))
-
-    def spread(self, count: int, leave: Sequence[int] = ()) -> List[int]:
-        """Up to `count` indices at equal distances, without those to leave."""
-        indices = sorted(set(range(len(self.dataset))) - set(leave))
-        return [indices[i * len(indices) // count] for i in range(count)] if count < len(indices) else indices
-
-    def batches(self, indices: Sequence[int], size: int = 32) -> Iterator[Any]:
-        for start in range(0, len(indices), size):
-            images = []
-            for i in indices[start : start + size]:
-                try:
-                    images.append(self.dataset[i][0])
-                except Exception as e:
-                    raise ExportError(f'{self.dataset.filename(i, absolute=True)} cannot be read: {e}') from e
-            yield torch.stack(images).numpy()
-
-
 def load_model(
     name: str,
     checkpoint: Optional[Union[str, Path]] = None,
@@ -364,16 +345,18 @@ def export(
     """Fold a net and write it, yielding a line when there is something to tell. The files appear at the end, together.
 
     Args:
-        model: Net in evaluation mode that `fold` takes.
+        model: Net in evaluation mode that `fold` takes, on any device and in any precision. It is not changed.
         output: File of the fp32 net, `NAME.onnx`.
         input_size: Channels, height and width, those of the model's preprocessing by default.
         fp16: Write `NAME_fp16.onnx`, too.
-        calibration_dir: Folder of images, in subfolders or not. With it, `NAME_quantized.onnx` is written, too.
+        calibration_dir: Folder of images, in subfolders or not, or one of splits, of which `train` is taken. With it,
+            `NAME_quantized.onnx` is written, too.
         calibration_images: How many of them to calibrate with.
         force: Overwrite files that exist.
 
     Raises:
-        ExportError: If files exist or a file does not compute what the net does. Nothing is written then.
+        ExportError: If files exist, an image cannot be read, or a file does not compute what the net does. Nothing is
+            written then.
     """
     output = Path(output)
     if output.suffix != '.onnx' or not output.parent.is_dir():
@@ -386,26 +369,29 @@ def export(
     existing = [f for n in names.values() for f in (n, f'{n}_data') if (output.parent / f).exists()]
     if existing and not force:
         raise ExportError(f'{output.parent / existing[0]} exists already (--force overwrites)')
-    size = tuple(input_size or resolve_data_config({}, model=model)['input_size'])
-    images = None
-    if calibration_dir is not None:
-        images = _Images(calibration_dir, model, size, calibration_images)  # type: ignore[arg-type]
+    model = _fp32_on_cpu(model)
+    size = input_size or image_size(model)
     try:
         folded = fold(model)
     except (TypeError, ValueError) as e:
         raise ExportError(str(e)) from e
+    try:
+        probe = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            expected = model(probe)
+    except RuntimeError as e:
+        raise ExportError(f'the net does not take images of {size}: {e}') from e
+    images, calibrated, calibration = None, [], []
+    if calibration_dir is not None:
+        images = FolderImages(calibration_dir, model, size)
+        calibrated = images.spread(calibration_images)
+        calibration = [batch.numpy() for batch in images.batches(calibrated)]
 
     yield f'exporting {", ".join(names[kind] for kind in names if kind in TOLERANCE)}'
     with tempfile.TemporaryDirectory(prefix='.export-', dir=output.parent) as temporary:
         paths = {kind: Path(temporary, name) for kind, name in names.items()}
-        probe = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
-        try:
-            with torch.inference_mode():
-                expected = model(probe)
-        except RuntimeError as e:
-            raise ExportError(f'the net does not take images of {size}: {e}') from e
         for kind in names.keys() & TOLERANCE.keys():
-            export_onnx(folded, paths[kind], size, half=kind == 'fp16')  # type: ignore[arg-type]
+            export_onnx(folded, paths[kind], size, half=kind == 'fp16')
         for kind in sorted(names.keys() & TOLERANCE.keys(), reverse=True):
             found = torch.from_numpy(run(open_session(paths[kind]), probe.numpy()))
             error = ((found - expected).abs().max() / expected.abs().max()).item()
@@ -413,7 +399,7 @@ def export(
                 raise ExportError(f'{names[kind]} differs from the net by {error:.1e} of its largest output')
             yield _describe(paths[kind], f'largest difference {error:.0e} of the largest output')
         if images is not None:
-            yield from _export_int8(paths['fp32'], paths['int8'], images)
+            yield from _export_int8(paths['fp32'], paths['int8'], images, calibrated, calibration)
         written = sorted(Path(temporary).iterdir(), reverse=True)  # the weights before the file that names them
         for path in written:
             os.replace(path, output.parent / path.name)
@@ -421,15 +407,24 @@ def export(
             (output.parent / stale).unlink()
 
 
-def _export_int8(path: Path, target: Path, images: _Images) -> Iterator[str]:
-    yield f'calibrating int8 on {len(images.calibrated):,} of {len(images.dataset):,} images'
-    quantize(path, target, images.calibration)
-    others = images.spread(COMPARED, leave=images.calibrated)
-    compared = others or images.calibrated
+def _fp32_on_cpu(model: nn.Module) -> nn.Module:
+    """A copy of a net as it is written and compared with, wherever it is and in whatever precision."""
+    if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
+        raise ExportError('the model is on the meta device and has no values to write: load its weights first')
+    return copy.deepcopy(model).to('cpu', torch.float32)
+
+
+def _export_int8(
+    path: Path, target: Path, images: FolderImages, calibrated: Sequence[int], calibration: Sequence[Any]
+) -> Iterator[str]:
+    yield f'calibrating int8 on {len(calibrated):,} of {images}'
+    quantize(path, target, calibration)
+    others = images.spread(COMPARED, leave=calibrated)
+    compared = others or calibrated
     sessions = open_session(path), open_session(target)
     agreed = 0
     for batch in images.batches(compared):
-        a, b = (run(session, batch).argmax(1) for session in sessions)
+        a, b = (run(session, batch.numpy()).argmax(1) for session in sessions)
         agreed += int((a == b).sum())
     which = 'others' if others else 'of these images, there are no others'
     yield _describe(target, f'agrees with fp32 on {agreed:,} of {len(compared):,} {which}')
@@ -486,16 +481,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.calibration_images < 1:
             raise ExportError(f'--calibration-images must be positive, got {args.calibration_images}')
         model = load_model(args.model, args.checkpoint, args.num_classes, args.in_chans, args.model_kwargs)
-        size = resolve_data_config({}, model=model)['input_size']
-        size = (getattr(model, 'in_chans', size[0]), *(size[1:] if args.img_size is None else 2 * [args.img_size]))
+        size = image_size(model)
+        if args.img_size is not None:
+            size = (size[0], args.img_size, args.img_size)
         dir_, count = args.calibration_dir, args.calibration_images
         for line in export(model, args.output, size, args.fp16, dir_, count, args.force):
             print(line, flush=True)
-    except ExportError as e:
-        print('export:', ' '.join(str(e).split()), file=sys.stderr)
-        return 2
-    except OSError as e:
-        print(f'export: {e.filename}: {e.strerror}', file=sys.stderr)
+    except (ExportError, OSError) as e:
+        print('export:', one_line(e, args.output), file=sys.stderr)
         return 2
     return 0
 

@@ -50,6 +50,7 @@ from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ParseKwargs
 
+from ._cli import one_line
 from ._pretrained import unknown_model
 from ._rebuild import TRAIN_ARGS, TRAIN_OPTIONS
 from ._train_data import check_data
@@ -442,7 +443,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         _say([f'preflight: {e}'], sys.stderr)
         return 2
     except OSError as e:
-        _say([f'preflight: {e.filename or argv[0]}: {e.strerror or e}'], sys.stderr)
+        _say([f'preflight: {one_line(e, argv[0])}'], sys.stderr)
         return 2
     return 0
 

@@ -5,10 +5,11 @@
 makes of a trained plain ResNet a warm start for a shared one (`share`). MODEL is a name that timm knows (with its
 pretrained weights), such a name with `--checkpoint FILE` (of timm's train.py, averaged weights if it has them; with the
 `--num-classes`, `--in-chans` and `--model-kwargs` that it was trained with), `local-dir:DIR` or `hf-hub:ORG/NAME`. On
-images of the calibration folder, without labels, kernels and the last 1x1 of blocks are refitted, and batch norm
-statistics estimated anew. Written is DIR with model.safetensors and config.json, which timm loads (`local-dir:DIR`),
-and train.py by the options that are printed: the model, all that it was built with, and `--initial-checkpoint`. Nothing
-is written if anything is wrong. Exit code 0, or 2 and one line that says what is.
+images of the calibration folder and its subfolders (of `train` alone if it has splits), without labels, kernels and the
+last 1x1 of blocks are refitted, and batch norm statistics estimated anew. Written is DIR with model.safetensors and
+config.json, which timm loads (`local-dir:DIR`), and train.py by the options that are printed: the model, all that it
+was built with, and `--initial-checkpoint`. Nothing is written if anything is wrong. Exit code 0, or 2 and one line that
+says what is.
 
 All but the 3x3 that are shared is copied; of the kernels of a run of blocks one is made. Kernels of different blocks
 have no order of channels in common, so by default each block's inner channels are first permuted, which leaves its
@@ -28,11 +29,13 @@ from typing import Any, Dict, Iterable, List, NamedTuple, NoReturn, Optional, Se
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from timm.models import create_model, is_model, save_for_hf
 from timm.models.resnet import ResNet
 from timm.utils import ParseKwargs
 
 from ._calibrate import Fit, calibrate, can_fit
+from ._cli import one_line
 from ._pretrained import drop_repeated_args
 from ._rebuild import build, difference, model_args, train_options
 from .fold import double
@@ -586,13 +589,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _images(model: nn.Module, folder: str, count: int) -> Iterable[torch.Tensor]:
     """Batches of a folder's images at equal distances, preprocessed for a model."""
-    from timm.data import create_dataset, create_transform, resolve_data_config
+    from ._images import FolderImages
 
-    dataset = create_dataset('', root=folder)
-    dataset.transform = create_transform(**resolve_data_config({}, model=model))
-    count = min(count, len(dataset))
-    subset = torch.utils.data.Subset(dataset, [i * len(dataset) // count for i in range(count)])
-    return torch.utils.data.DataLoader(subset, batch_size=50)
+    images = FolderImages(folder, model)
+    chosen = images.spread(count)
+    print(f'calibrating on {len(chosen):,} of {images}', flush=True)
+    return images.batches(chosen)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -611,10 +613,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         model = load_model(args.model, args.checkpoint, args.num_classes, args.in_chans, args.model_kwargs)
         images = None
         if args.calibration_dir is not None:
-            try:
-                images = _images(model, args.calibration_dir, args.calibration_images)
-            except (AssertionError, RuntimeError) as e:  # there is no folder, or no image
-                raise ExportError(f'there are no images in {args.calibration_dir}') from e
+            images = _images(model, args.calibration_dir, args.calibration_images)
         try:
             shared = share(model, args.rate, args.init, images, not args.no_refit, progress=True)
         except (ImportError, TypeError, ValueError) as e:
@@ -628,11 +627,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             save_for_hf(shared, str(folder), model_args=model_args(shared), safe_serialization=True)
             drop_repeated_args(folder / 'config.json')
             folder.rename(args.output)
-    except ExportError as e:
-        print('share:', ' '.join(str(e).split()), file=sys.stderr)
-        return 2
-    except OSError as e:
-        print(f'share: {e.filename}: {e.strerror}', file=sys.stderr)
+    except (ExportError, OSError, SafetensorError) as e:
+        print('share:', one_line(e, args.output), file=sys.stderr)
         return 2
     print(shared.share_report)
     print(f'{args.output}: {sum(p.numel() for p in shared.parameters()):,} parameters, to train on with')
