@@ -251,7 +251,7 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     'to',
     [
         torch.float16,
-        torch.bfloat16,
+        pytest.param(torch.bfloat16, marks=slow),
         torch.float64,
         pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')),
     ],

@@ -107,7 +107,7 @@ def export_onnx(model: nn.Module, path: Union[str, Path], input_size: Tuple[int,
     """Write a net as it is (see `fold`) to an ONNX file with a dynamic batch.
 
     Args:
-        model: Net in evaluation mode.
+        model: Net in evaluation mode, in fp32 on the CPU.
         path: File to write. Large weights go to a second one, see the module.
         input_size: Channels, height and width of an image.
         half: Compute and store in fp16. Input and output stay fp32.
