@@ -1,5 +1,6 @@
 """Images of a folder, without labels, as a model takes them: what it is calibrated with."""
 
+import math
 import os
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple, Union
@@ -94,5 +95,6 @@ class FolderImages(Dataset[torch.Tensor]):
         return [chosen[i * len(chosen) // count] for i in range(count)] if count < len(chosen) else chosen
 
     def batches(self, chosen: Sequence[int]) -> DataLoader:
-        """Batches of the chosen images, read when it is their turn."""
-        return DataLoader(Subset(self, chosen), batch_size=50)
+        """Batches of the chosen images, at most 50 and about equally many, read when it is their turn."""
+        number = math.ceil(len(chosen) / 50)
+        return DataLoader(Subset(self, chosen), batch_size=math.ceil(len(chosen) / number))
