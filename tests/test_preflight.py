@@ -635,7 +635,7 @@ def test_weights_are_not_those_of_a_net_that_computes_something_else(folder, cap
         accepted(capsys, *way, 'run/model.safetensors', *found, '--drop', '0.1', '--drop-path', '0.1')
     Path('run/config.json').write_text('{"architecture": "resnet164_cifar", "model_args": {"layers": 5}}')
     message = refused(capsys, '--initial-checkpoint', 'run/model.safetensors', *kwargs_option)
-    assert 'run/model.safetensors lies beside a config.json that builds no model: ' in message
+    assert 'run/model.safetensors lies beside a config that builds no model: ' in message
     for content in '', '[]', '{}', '{"architecture": "of_another_kind"}', '{"architecture": 5}':
         Path('run/config.json').write_text(content)
         accepted(capsys, '--initial-checkpoint', 'run/model.safetensors', *kwargs_option)

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+import yaml
 from demo import load_images
 from models import SHARED, TWINS, create, error, images
 from timm.models import save_for_hf
@@ -640,6 +641,27 @@ def test_checkpoint_is_shared_with_the_arguments_that_it_was_trained_with(
     with pytest.raises(SystemExit):
         main([*argv, '--model-kwargs', 'silu'])
     assert capsys.readouterr().err == 'share: --model-kwargs must be KEY=VALUE\n'
+
+
+@pytest.mark.parametrize(
+    'kwargs, args, options',
+    [
+        (dict(act_layer='silu'), dict(model_kwargs=dict(act_layer='silu')), '--model-kwargs act_layer=silu'),
+        (dict(global_pool='max', drop_rate=0.1), dict(gp='max', drop=0.1, input_size=[3, 32, 32]), '--gp max'),
+    ],
+)
+def test_checkpoint_of_train_py_is_compared_with_its_args(
+    tmp_path: Path, monkeypatch: Any, capsys: Any, kwargs: Dict[str, Any], args: Dict[str, Any], options: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path('run').mkdir()
+    torch.save({'state_dict': create('resnet92_cifar', **kwargs).state_dict(), 'epoch': 1}, 'run/last.pth.tar')
+    Path('run/args.yaml').write_text(yaml.safe_dump({'model': 'resnet92_cifar', 'num_classes': None, **args}))
+    argv = ['resnet92_cifar', '--checkpoint', 'run/last.pth.tar', '--init', 'mean', '--output', 'out']
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert 'computes something else, by args.yaml beside it: ' in err and options in err
+    assert main([*argv, '--model-kwargs', *(f'{k}={v}' for k, v in kwargs.items())]) == 0
 
 
 def test_checkpoint_of_other_runs_than_its_config_says_is_refused(

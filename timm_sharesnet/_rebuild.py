@@ -9,10 +9,11 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Union
+from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
 import timm
 import torch.nn as nn
+import yaml
 from timm.data import resolve_data_config
 from timm.layers import DropBlock2d, DropPath
 from timm.models import create_model, is_model, load_model_config_from_hf, parse_model_name
@@ -33,6 +34,7 @@ TRAIN_ARGS = {
     'bn_eps': 'bn_eps',
     'scriptable': 'torchscript',
 }
+_NO_ARGS = 'pretrained', 'checkpoint_path', 'scriptable'  # of a net
 _DATA_OPTIONS = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct'
 _NOTHING = (nn.Identity, nn.Dropout, DropPath, DropBlock2d)  # in evaluation
 
@@ -94,29 +96,47 @@ def _layers(model: nn.Module) -> Dict[str, str]:
     return layers
 
 
-def saved_net(weights: Union[str, Path]) -> Optional[nn.Module]:
-    """The net that the config.json beside a file of weights describes (`timm.models.save_for_hf`), without values.
+def saved_net(weights: Union[str, Path]) -> Optional[Tuple[str, nn.Module]]:
+    """The net that a file beside weights describes: config.json of `timm.models.save_for_hf`, args.yaml of train.py.
 
-    None if there is no such file, or it is something else.
+    Returns:
+        The name of that file, and the net without values. None if there is no such file, or it is something else.
 
     Raises:
-        Exception: Of many kinds, if timm cannot build it.
+        Exception: Of many kinds, if timm cannot build the net.
     """
-    path = Path(weights).absolute().with_name('config.json')
+    folder = Path(weights).absolute().parent
+    config, options = _read(folder / 'config.json'), _read(folder / 'args.yaml')
+    kwargs: Dict[str, Any] = {}
+    if _is_arch(config.get('architecture')):
+        file, name = 'config.json', f'local-dir:{folder}'
+    elif _is_arch(options.get('model')):
+        file, name = 'args.yaml', options['model']
+        kwargs = {key: options.get(option) for key, option in TRAIN_ARGS.items() if key not in _NO_ARGS}
+        kwargs['in_chans'] = options.get('in_chans') or (options.get('input_size') or [3])[0]
+        kwargs = {k: v for k, v in {**kwargs, **(options.get('model_kwargs') or {})}.items() if v is not None}
+    else:
+        return None
+    model = create_model(name, **kwargs, device='meta')
+    record_args(model, name, kwargs)
+    return file, model
+
+
+def _read(path: Path) -> Dict[str, Any]:
+    """The content of a file of JSON or YAML, empty if it is not there or another."""
     try:
-        architecture = json.loads(path.read_text(encoding='utf-8'))['architecture']
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if not (isinstance(architecture, str) and is_model(architecture)):
-        return None
-    name = f'local-dir:{path.parent}'
-    model = create_model(name, device='meta')
-    record_args(model, name, {})
-    return model
+        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_arch(name: Any) -> bool:
+    return isinstance(name, str) and ':' not in name and is_model(name)
 
 
 def other_net(weights: Union[str, Path], model: Any, ignored: Iterable[str] = ()) -> str:
-    """What to say if weights whose tensors fit a model are those of another one, by the config.json beside them.
+    """What to say if weights whose tensors fit a model are those of another one, by what is saved beside them.
 
     Args:
         weights: File of weights.
@@ -126,13 +146,13 @@ def other_net(weights: Union[str, Path], model: Any, ignored: Iterable[str] = ()
     try:
         saved = saved_net(weights)
     except Exception as e:  # whatever a model's constructor raises
-        return f'lies beside a config.json that builds no model: {type(e).__name__}: {" ".join(str(e).split())}'
-    where = '' if saved is None else difference(model, saved, ignored)
-    if not where:
+        return f'lies beside a config that builds no model: {type(e).__name__}: {" ".join(str(e).split())}'
+    where = '' if saved is None else difference(model, saved[1], ignored)
+    if saved is None or not where:
         return ''
     return (
-        f'has the weights of a net that computes something else, by the config.json beside it: {where}. The options '
-        f'for it are {shlex.join(train_options(saved))}'
+        f'has the weights of a net that computes something else, by {saved[0]} beside it: {where}. The options for it '
+        f'are {shlex.join(train_options(saved[1]))}'
     )
 
 

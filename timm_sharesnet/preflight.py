@@ -19,9 +19,9 @@ something else, and one line on stderr names the file or key. train.py reports t
     32 px on an ImageNet net (1 x 1) and 224 px on a CIFAR net (56 x 56), which cannot be meant, and allows what may be:
     Tiny-ImageNet's 64 px on an ImageNet net, 64 or 96 px on a CIFAR net.
   * `resume` and `initial_checkpoint` can be read (without running code in them) and hold exactly the model's tensors,
-    `pretrained_path` may have another classifier. A config.json beside the file describes the same net: with another
-    activation or other blocks that share, the same tensors compute something else. With `pretrained`, timm has weights
-    for the model.
+    `pretrained_path` may have another classifier. A config.json or args.yaml beside the file describes the same net:
+    with another activation or other blocks that share, the same tensors compute something else. With `pretrained`, timm
+    has weights for the model.
   * The teacher of a distillation has weights and the student's classes; a `local-dir:` folder loads.
 
 Datasets that are streamed or looked up while training (`hfds/`, `hfids/`, `tfds/`, `wds/`) are not checked, and the
