@@ -753,6 +753,16 @@ def test_what_is_no_plain_net_is_refused() -> None:
         share(nn.Sequential(model))
     with pytest.raises(ValueError, match="init must be one of align, mean, first, random, got 'last'"):
         share(model, init='last')
+    with pytest.raises(ValueError, match='layer1.0.conv2 is no plain convolution, or is folded'):
+        share(fold(model))
+    with pytest.raises(ValueError, match='layer1 is shared or folded already'):
+        share(fold(create('resnet164_cifar', layers=(3, 3, 3), share_rate=1.0)))
+    with pytest.raises(ValueError, match='on the meta device and has no values to share: load its weights first'):
+        share(timm.create_model('resnet50', **NARROW, device='meta'))
+    broken = copy.deepcopy(model)
+    broken.layer3[1].bn2.bias.data[3] = float('nan')
+    with pytest.raises(ValueError, match='layer3.1.bn2.bias has values that are not finite'):
+        share(broken)
     prune.random_unstructured(model.layer2[1].conv2, 'weight', 0.5)
     with pytest.raises(ValueError, match='layer2.1.conv2 is no plain convolution'):
         share(model)

@@ -538,9 +538,7 @@ def _plain_stage(stage: SharedStage) -> nn.Module:
 
 def _name_twin(cfg: dict, base: Optional[str]) -> None:
     name = cfg.get('architecture', '')
-    twin = (
-        base.partition('.')[0] if base else name.removeprefix('sha')
-    )  # sharesnet50 -> resnet50, shawrn40_4 -> wrn40_4
+    twin = (base or name.removeprefix('sha')).partition('.')[0]  # sharesnet50 -> resnet50, shawrn40_4 -> wrn40_4
     if twin != name and is_model(twin):
         cfg['architecture'] = twin
         for key in _SOURCES:
