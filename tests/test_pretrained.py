@@ -314,6 +314,20 @@ def test_own_weights_load(load, kwargs, small, write):
     assert_equal(load(write(small.weights), **kwargs).state_dict(), expected, but)
 
 
+@pytest.mark.parametrize('in_chans', [1, 2, 4])
+def test_own_weights_of_other_channels_load_as_they_are(in_chans, tmp_path):
+    """timm 1.0.28 by itself would leave the first convolution of 2 and of 4 at random values."""
+    model = timm.create_model('sharesnet164_cifar', in_chans=in_chans, **SMALL)
+    model.pretrained_cfg['input_size'] = (in_chans, 32, 32)
+    args = {'in_chans': in_chans, **SMALL}
+    timm.models.save_for_hf(model, str(tmp_path), model_args=args, safe_serialization=True)
+    for kwargs in ({}, {'features_only': True}):
+        loaded = load_folder(tmp_path, **kwargs)
+        assert torch.equal(loaded.state_dict()['conv1.weight'], model.conv1.weight)
+        if not kwargs:
+            assert loaded.pretrained_cfg['first_conv'] == 'conv1'
+
+
 @pytest.mark.parametrize('load', [load_folder, load_file])
 @parametrize_damage(MISFITS)
 @pytest.mark.parametrize('kwargs', ADAPTED, ids=ids)

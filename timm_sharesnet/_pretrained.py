@@ -54,7 +54,8 @@ def create(model_cls: Type[nn.Module], variant: str, pretrained: bool = False, *
     Raises:
         See `resolve_weights`, `checkpoint_filter_fn` and `_check_runs`.
     """
-    from timm.models import build_model_with_cfg  # this file is needed while timm.models is imported
+    # Imported late: this file is needed while timm.models is imported
+    from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 
     filter_fn = partial(checkpoint_filter_fn, features_only=kwargs.get('features_only', False))
     if pretrained:
@@ -63,6 +64,9 @@ def create(model_cls: Type[nn.Module], variant: str, pretrained: bool = False, *
     if pretrained:
         _check_runs(model, variant, kwargs.get('pretrained_model_args') or {})
     cfg = model.pretrained_cfg
+    if pretrained:
+        given = [kwargs.get(key) for key in ('pretrained_cfg', 'pretrained_cfg_overlay')]
+        cfg['first_conv'] = resolve_pretrained_cfg(variant, *given).first_conv  # which the filter may have taken out
     cfg.pop('state_dict', None)  # loaded, and of no use to whoever saves the model
     if getattr(model, 'num_classes', None) != cfg.get('num_classes'):
         cfg.pop('label_names', None)  # they are not the model's
@@ -295,6 +299,8 @@ def checkpoint_filter_fn(
     faults = [f'{k} is missing' for k in expected.keys() - found.keys()]
     faults += [f'{k} is not part of the model' for k in found.keys() - expected.keys()]
     first_conv, pretrained_chans = f'{cfg["first_conv"]}.weight', cfg['input_size'][0]
+    if _shape(found.get(first_conv)) == _shape(expected.get(first_conv)):
+        cfg['first_conv'] = None  # timm 1.0.28 would adapt from 3 channels what fits already, or leave it at random
     for k in expected.keys() & found.keys():
         shape, tensor = _shape(expected[k]), found[k]
         adapted = (shape[0], pretrained_chans, *shape[2:]) if k == first_conv else shape
