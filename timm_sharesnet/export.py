@@ -184,7 +184,8 @@ def quantize(path: Union[str, Path], target: Union[str, Path], batches: Sequence
 
     with _temporary(f'{Path(path).name} cannot be quantized') as folder:
         prepared, quantized = folder / 'prepared.onnx', folder / 'quantized.onnx'
-        quant_pre_process(str(path), str(prepared))
+        # onnx infers the shapes, too; the symbolic inference fails where the pooling takes a maximum
+        quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
         quantize_static(
             str(prepared),
             str(quantized),
