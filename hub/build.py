@@ -6,8 +6,10 @@
     python hub/build.py hub/ARCH.TAG --model ARCH.TAG     the same weights again, a new card
     python hub/build.py RUN --model sharesnet50.x --data-dir birds --dataset-name Birds --output OWN --namespace ME
 
-PATH is a checkpoint, an output directory of timm's train.py or of hub/import_torch7.py, or a folder made here. The last
-checkpoint is taken, not the best one, which was chosen on the test images, and the averaged weights if they are better.
+PATH is a checkpoint, an output directory of timm's train.py or of hub/import_torch7.py, or a folder made here or by
+timm's save_for_hf. The last checkpoint is taken, not the best one, which was chosen on the test images, and the
+averaged weights if they are better. The net is built as it was trained, by the options of train.py (model_kwargs, gp,
+in_chans, mean, ...) and the config.json that are there. What a new config.json cannot tell is refused by its name.
 The accuracy is measured with the written file on DIR/test (CIFAR), DIR/val or DIR/validation (ImageNet), one folder a
 class in train.py's order; without --data-dir it is "not measured", unless the weights are the ones measured before.
 onnx/ gets the net as it is deployed: fp32, and int8 if images of DIR/train are there to calibrate it with; both are
@@ -40,11 +42,17 @@ import catalog
 import folder
 import provenance
 import yaml
-from catalog import Dataset
+from catalog import DEFAULT_ARGS, Dataset
 from folder import WEIGHTS, Fault
 
 HALF_ABOVE = 20e6  # bytes of fp32, above which our own weights are stored as fp16
 CALIBRATION = 256  # training images that int8 is calibrated with
+# What create_model takes and no net is built with, and what the weights tell
+NO_MODEL_ARGS = set(
+    'pretrained pretrained_cfg pretrained_cfg_overlay checkpoint_path cache_dir num_classes scriptable exportable '
+    'no_jit'.split()
+)
+PREPROCESSING = 'input_size pool_size interpolation crop_pct crop_mode mean std test_input_size test_crop_pct'.split()
 HUB_ID = r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*'
 METADATA = {'license': r'[a-z0-9][a-z0-9.-]*', 'base_model': HUB_ID, 'new_version': HUB_ID}
 
@@ -60,13 +68,17 @@ def main():
         with shelf.locked():
             folder.restore(release.path)
     candidates, files = read_path(args.path, release)
-    config = json.loads(files.pop('config.json', '{}'))  # written anew
-    check_origin(config, files, release)
+    config, options = parse_records(files)
+    check_origin(config, options, release)
+    release = release._replace(model_args=describe_args(config, options, release.arch))
+    if release.other_args and shelf.read()[1].get(release.name, {}).get('packaged'):
+        raise Fault(f'{release.name} is "packaged" in weights.json: loaded by name it lacks {card.tell_args(release)}')
     training, points, seed = provenance.describe(files)
     if points:
         require_matplotlib()
-    dataset = describe_dataset(args, release, candidates, read_options(files).get('class_map'))
-    images, calibration = open_images(args.data_dir, dataset) if args.data_dir else (None, [])
+    dataset = describe_dataset(args, release, candidates, options.get('class_map'))
+    mode = folder.MODES[release.in_chans]
+    images, calibration = open_images(args.data_dir, dataset, mode) if args.data_dir else (None, [])
     if images and not dataset.ours:
         dataset = dataset._replace(images=len(images))
     release = release._replace(dataset=dataset)
@@ -80,7 +92,7 @@ def main():
         if points:
             draw_curves(points, release, new / 'curves.png')
         entry['onnx'] = build_onnx(new, release, images, calibration, entry['onnx'])
-        facts = describe_model(folder.load(new))
+        facts = describe_model(new)
         with shelf.locked():  # two builds at once: the entries of both
             folder.restore(release.path)
             manifest, pins = shelf.read()
@@ -132,9 +144,9 @@ def work_in(shelf):
 
 
 def make_pin(new, release, before):
-    """The entry of weights.json. It keeps its commit as long as the weights are the same."""
+    """The entry of weights.json. It keeps its commit as long as the weights are the same, and load by name."""
     digest = folder.sha256(new / WEIGHTS)
-    same = before.get('sha256') == digest
+    same = before.get('sha256') == digest and not release.other_args
     return {
         'repo': before.get('repo') if same else None,
         'revision': before.get('revision') if same else None,
@@ -207,9 +219,11 @@ def read_path(path, release):
         imported = json.loads(files.get('config.json', '{}')).get('torch7', {})  # its file and SHA-256
         source = {'source': card.AUTHOR, 'imported with': 'import_torch7.py of timm-sharesnet', **imported}
         files['source.json'] = provenance.clean('source.json', provenance.dump(source))
+    candidates, options = read_weights(weights)
+    if options and 'args.yaml' not in files:
+        files['args.yaml'] = provenance.clean('args.yaml', yaml.safe_dump(options))
     if not folder.PROVENANCE & files.keys():
         files['training.json'] = provenance.dump(provenance.NOT_RECORDED)
-    candidates = read_weights(weights)
     if weights.name == 'model_best.pth.tar':
         candidates = {f'{label}, epoch with the best test accuracy': v for label, v in candidates.items()}
     return candidates, files
@@ -221,14 +235,14 @@ def refuse_link(file):
 
 
 def read_weights(path):
-    """Tensors of a file, by what they are. Nothing but tensors is unpickled, and train.py's options beside them."""
+    """Tensors of a file, by what they are, and train.py's options if it has them. Nothing else is unpickled."""
     import torch
     from safetensors.torch import load_file
     from timm.models import clean_state_dict
 
     try:
         if path.suffix == '.safetensors':
-            return {'weights': load_file(path)}
+            return {'weights': load_file(path)}, {}
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
@@ -237,13 +251,13 @@ def read_weights(path):
         raise Fault(f'{path} holds no state dict but a {type(checkpoint).__name__}')
     keys = {'state_dict_ema': 'EMA', 'state_dict': 'not averaged'}
     found = {label: clean_state_dict(checkpoint[key]) for key, label in keys.items() if checkpoint.get(key)}
-    return found or {'weights': clean_state_dict(checkpoint)}
+    options = vars(checkpoint['args']) if isinstance(checkpoint.get('args'), argparse.Namespace) else {}
+    return found or {'weights': clean_state_dict(checkpoint)}, options if 'model_kwargs' in options else {}
 
 
-def check_origin(config, files, release):
+def check_origin(config, options, release):
     """Weights must not change their architecture or origin by way of --model."""
-    trained = read_options(files).get('model')
-    for file, found in {'config.json': config.get('architecture'), 'args.yaml': trained}.items():
+    for file, found in {'config.json': config.get('architecture'), 'args.yaml': options.get('model')}.items():
         if found and found.partition('.')[0] != release.arch:
             raise Fault(f'{file} says {found}, --model says {release.arch}')
     imported = 'torch7' in str(config.get('pretrained_cfg', {}).get('tag'))
@@ -253,9 +267,73 @@ def check_origin(config, files, release):
         raise Fault(f'{release.tag} is for weights that hub/import_torch7.py wrote: give its output directory')
 
 
-def read_options(files):
-    """The options of train.py, if it trained the weights."""
-    return yaml.safe_load(files.get('args.yaml', b'')) or {}
+def parse_records(files):
+    """What config.json and train.py's args.yaml say, of files (name -> bytes) that need not have them."""
+    return json.loads(files.get('config.json', '{}')), yaml.safe_load(files.get('args.yaml', b'')) or {}
+
+
+def read_records(path):
+    """The same of a folder."""
+    names = ('config.json', 'args.yaml')
+    return parse_records({name: (path / name).read_bytes() for name in names if (path / name).is_file()})
+
+
+def describe_args(config, options, arch):
+    """What a net was built with, beside its name, its classes and `DEFAULT_ARGS`: argument -> value.
+
+    The config.json that came with the weights and the options of train.py tell it.
+
+    Raises:
+        Fault: By the name of the option, if the net does not take it, or config.json cannot hold it.
+    """
+    import timm
+
+    from timm_sharesnet._train_weights import resolve_in_chans
+    from timm_sharesnet.preflight import _MODEL_ARGS
+
+    names = {arg: option for arg, option in _MODEL_ARGS.items() if arg not in NO_MODEL_ARGS}
+
+    def option(arg):
+        return names.get(arg, f'model_kwargs: {arg}') if options else f'model_args: {arg}'
+
+    found = dict(config.get('model_args') or {})
+    if options:
+        if options.get('split_bn'):
+            raise Fault('split_bn: timm builds no net with split batch norms by name, so nobody could load the weights')
+        trained = {arg: options.get(key) for arg, key in names.items()} | (options.get('model_kwargs') or {})
+        inputs = argparse.Namespace(**{key: options.get(key) for key in ('in_chans', 'input_size')})
+        trained['in_chans'] = resolve_in_chans(inputs)
+        for arg, value in trained.items():
+            if value is not None and found.setdefault(arg, value) != value:
+                raise Fault(
+                    f'{option(arg)}: args.yaml says {value!r}, config.json {found[arg]!r}: correct the wrong one'
+                )
+    found = {k: v for k, v in found.items() if v is not None and k not in NO_MODEL_ARGS and DEFAULT_ARGS.get(k) != v}
+    for arg, value in found.items():
+        if not _survives_json(value):
+            raise Fault(f'{option(arg)}: config.json cannot hold {value!r}')
+    channels, mode = found.get('in_chans', DEFAULT_ARGS['in_chans']), options.get('input_img_mode')
+    if channels not in folder.MODES:
+        raise Fault(f'{option("in_chans")}: images have 1 to {max(folder.MODES)} channels, not {channels!r}')
+    if mode not in (None, folder.MODES[channels]):
+        raise Fault(
+            f'input_img_mode: config.json has no place for {mode}, and images of {channels} channels are read as '
+            f'{folder.MODES[channels]}'
+        )
+    try:
+        if found:
+            timm.create_model(arch, device='meta', **found)
+    except Exception as e:  # whatever a model's constructor raises
+        given = ', '.join(f'{option(arg)} {value!r}' for arg, value in found.items())
+        raise Fault(f'{arch} cannot be built with {given}: {e}') from e
+    return found
+
+
+def _survives_json(value):
+    try:
+        return json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        return False
 
 
 def describe_metadata(args, release):
@@ -333,38 +411,38 @@ def find_split(root, names):
     return split
 
 
-def open_images(root, dataset):
+def open_images(root, dataset, mode='RGB'):
     """The images of the split that measures, and training images at equal distances to calibrate with, if there are.
 
-    Both are (image, label) pairs of train.py's labels.
+    Both are (image, label) pairs of train.py's labels. The images are of a mode of PIL's.
     """
     split = find_split(root, ('test',) if dataset.split == 'test' else ('val', 'validation'))
-    images = open_folder(split, dataset)
+    images = open_folder(split, dataset, mode)
     if not (root / 'train').is_dir():
         return images, []
-    training = open_folder(root / 'train', dataset)
+    training = open_folder(root / 'train', dataset, mode)
     if training.reader.class_to_idx != images.reader.class_to_idx:
         raise Fault(f'{root / "train"} and {split} do not have the same classes')
     n = min(CALIBRATION, len(training))
     return images, [training[i * len(training) // n] for i in range(n)]
 
 
-def open_folder(path, dataset):
+def open_folder(path, dataset, mode='RGB'):
     """The images of a folder, if they have the classes of the data set and no others."""
-    images = read_folder(path)
+    images = read_folder(path, mode)
     found, names = list(images.reader.class_to_idx), dataset.names()
     if len(found) != dataset.classes:
         raise Fault(f'{path} has {len(found)} classes, {dataset.name} has {dataset.classes}')
     if names and {*found} != {*names}:
         raise Fault(f'{path} does not have the classes of {dataset.name}: {", ".join(found[:3])}, ...')
-    return images if names in (None, found) else read_folder(path, {name: i for i, name in enumerate(names)})
+    return images if names in (None, found) else read_folder(path, mode, {name: i for i, name in enumerate(names)})
 
 
-def read_folder(path, class_map=''):
+def read_folder(path, mode='RGB', class_map=''):
     """The data set that train.py and validate.py make of a folder of images: its names are sorted as numbers are."""
     from timm.data import create_dataset
 
-    return create_dataset('', root=str(path), search_split=False, class_map=class_map)
+    return create_dataset('', root=str(path), search_split=False, class_map=class_map, input_img_mode=mode)
 
 
 # Building
@@ -379,6 +457,11 @@ def build(new, release, candidates, images):
     model = make_model(release, new)
     for label, tensors in candidates.items():
         faults = folder.tensor_faults(tensors, model)
+        if faults and has_other_rate(tensors, model):
+            raise Fault(
+                f'{label}: the 3x3 kernels are those of another share_rate than {release.share_rate}, all else is of '
+                f'{release.arch}: give a folder whose args.yaml (model_kwargs) or config.json (model_args) has the rate'
+            )
         if faults:
             raise Fault(*(f'{label}: {fault}' for fault in faults[:5]), *_more(faults, 5))
     parameters = sum(p.numel() for p in model.parameters())
@@ -394,7 +477,7 @@ def build(new, release, candidates, images):
         target.mkdir()
         save_file(tensors, target / WEIGHTS, metadata={'format': 'pt'})
         (target / WEIGHTS).chmod(0o644)  # safetensors lets nobody else read it
-        write_config(model, dataset, target)
+        write_config(model, release, target)
         finite = all(torch.isfinite(v).all() for v in tensors.values())  # else it does not load
         reloaded = folder.load(target).state_dict() if finite else {}
         if not finite or any(not torch.equal(v, reloaded[k].to(v.dtype)) for k, v in tensors.items()):
@@ -411,7 +494,9 @@ def build(new, release, candidates, images):
     sample = {'images': dataset.sample, 'wrong': folder.wrong_in_sample(loaded, dataset)} if dataset.sample else None
     measured = images or not before.get('date')
     return {
+        'model_args': release.model_args,
         **folder.measure(folder.load(new)),
+        'twin_parameters': count_twin(loaded) if release.shared else None,
         'dtype': str(dtype).removeprefix('torch.'),
         'imported': release.imported,
         'data': dataset.name if dataset.ours else dataset._asdict(),
@@ -429,39 +514,87 @@ def _more(faults, shown):
     return [f'and {len(faults) - shown} more'] if len(faults) > shown else []
 
 
-def make_model(release, path):
-    """The architecture with its tag's default cfg, or for a tag that the package does not know with its first one.
+def has_other_rate(tensors, model):
+    """Whether tensors are a model's but for the names of the 3x3 kernels, which tell what shares them."""
+    kernel = re.compile(r'layer\d+\.(conv(\.\d+)?|blocks\.\d+\.conv2)\.weight')
+    expected = model.state_dict()
+    others = [{k: v.shape for k, v in t.items() if not kernel.fullmatch(k)} for t in (expected, tensors)]
+    return tensors.keys() != expected.keys() and others[0] == others[1]
 
-    A user's data are preprocessed as the options of train.py in `path` say, as no cfg knows them.
-    """
+
+def make_model(release, path):
+    """The network as it was trained, with a pretrained_cfg that says how its images are preprocessed."""
     import timm
 
-    dataset = release.dataset
-    known = release.name in timm.list_models(f'{release.arch}*', include_tags=True)
     # the names of the classes stand at the top level of config.json, see `write_config`
-    overlay = {'tag': release.tag, 'num_classes': dataset.classes, 'label_names': None}
-    if not dataset.ours and (path / 'args.yaml').is_file():
-        cfg = timm.models.get_pretrained_cfg(release.arch).to_dict()
-        options = yaml.safe_load((path / 'args.yaml').read_bytes())
-        overlay |= timm.data.resolve_data_config(options, pretrained_cfg=cfg, use_test_size=False)
-        overlay |= {'pool_size': None, 'test_input_size': None, 'test_crop_pct': None}
+    overlay = {'tag': release.tag, 'num_classes': release.dataset.classes, 'label_names': None}
     return timm.create_model(
-        release.name if known else release.arch, num_classes=dataset.classes, pretrained_cfg_overlay=overlay
+        release.name if is_known(release) else release.arch,
+        num_classes=release.dataset.classes,
+        pretrained_cfg_overlay=overlay | describe_preprocessing(release, path),
+        **release.model_args,
     ).eval()
 
 
-def write_config(model, dataset, target):
-    """config.json as timm writes it. Keys of our own stand at the top level only, where timm ignores them."""
+def is_known(release):
+    """Whether the package has a default cfg with this tag."""
+    import timm
+
+    return release.name in timm.list_models(f'{release.arch}*', include_tags=True)
+
+
+def describe_preprocessing(release, path):
+    """How images are preprocessed: as the cfg of a known tag says, else train.py's options or config.json in `path`.
+
+    Mean and std are made to fit the channels as timm's loader does in training.
+    """
+    import timm
+
+    known = is_known(release)
+    cfg = timm.models.get_pretrained_cfg(release.name if known else release.arch).to_dict()
+    found = {key: cfg.get(key) for key in PREPROCESSING}
+    config, options = read_records(path)
+    given = config.get('pretrained_cfg', {})
+    if options:
+        kwargs, tag = options.get('model_kwargs') or {}, str(options.get('model')).partition('.')[2]
+        given = timm.models.resolve_pretrained_cfg(
+            release.arch, kwargs.get('pretrained_cfg') or tag, kwargs.get('pretrained_cfg_overlay')
+        ).to_dict() | {'pool_size': None, 'test_input_size': None, 'test_crop_pct': None}
+    if given.get('input_size') and not known:
+        found = {key: given.get(key) for key in PREPROCESSING}
+        found |= timm.data.resolve_data_config(options, pretrained_cfg=given)
+    for key in ('input_size', 'test_input_size'):
+        found[key] = found[key] and (release.in_chans, *found[key][1:])
+    for key in ('mean', 'std'):
+        if len(found[key]) != release.in_chans:
+            found[key] = (sum(found[key]) / len(found[key]),) * release.in_chans
+    return found
+
+
+def write_config(model, release, target):
+    """config.json as timm writes it. Keys of our own stand at the top level only, where timm ignores them.
+
+    Of the arguments versions of timm write different ones, or none.
+    """
     from timm.models._hub import save_config_for_hf
 
     import timm_sharesnet
-    from timm_sharesnet._pretrained import drop_repeated_args
 
+    args = config_args(release)
     own = {'timm_sharesnet': timm_sharesnet.__version__, 'sha256': folder.sha256(target / WEIGHTS)}
-    if dataset.names():
-        own['label_names'] = dataset.names()
+    own['global_pool'] = args['global_pool']
+    if release.dataset.names():
+        own['label_names'] = release.dataset.names()
     save_config_for_hf(model, target / 'config.json', model_config=own)
-    drop_repeated_args(target / 'config.json')
+    config = folder.read_json(target / 'config.json')
+    config.pop('model_args', None)
+    config['model_args'] = args
+    (target / 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
+
+
+def config_args(release):
+    """The model_args of config.json. The number of classes is not among them: transformers would pass it twice."""
+    return {'in_chans': release.in_chans, 'global_pool': DEFAULT_ARGS['global_pool']} | release.model_args
 
 
 def measure_accuracy(model, images, session=None):
@@ -572,23 +705,36 @@ def tell_picked(best, written):
     return f'{best} (top-1 {written[best]["top1"]:.2f} %, {other} {written[other]["top1"]:.2f} %)'
 
 
-def describe_model(model):
-    """What the card tells of a model and no manifest has."""
+def count_twin(model):
+    """Parameters of the unshared twin."""
+    from timm_sharesnet import unshare
+
+    return sum(p.numel() for p in unshare(model).parameters())
+
+
+def describe_model(path):
+    """What the card tells of a folder's model and no manifest has."""
     import timm
     import torch
 
+    model = folder.load(path)
     config = timm.data.resolve_data_config(model=model)
-    px = config['input_size'][-1]
+    height, width = config['input_size'][1:]
+    px = card.pixels(height, width)
     mean, std = (' '.join(f'{v:.4g}' for v in config[key]) for key in ('mean', 'std'))
-    features = timm.create_model(model.pretrained_cfg['architecture'], features_only=True).eval()
+    embed, extract = (
+        timm.create_model(f'local-dir:{path}', **kwargs).eval()
+        for kwargs in ({'num_classes': 0}, {'features_only': True})
+    )
     with torch.no_grad():
-        shapes = [tuple(f.shape) for f in features(torch.zeros(1, *config['input_size']))]
+        images = torch.zeros(1, *config['input_size'])
+        embedding, features = embed(images), extract(images)
     crop = f'{config["interpolation"]}, centre crop {config["crop_pct"]:g}, ' if config['crop_pct'] < 1 else ''
     return {
-        'image_size': px,
+        'image_size': (height, width),
         'preprocessing': f'{px} px, {crop}mean {mean}, std {std}',
-        'width': model.num_features,
-        'features': shapes,
+        'width': embedding.shape[1],
+        'features': [tuple(f.shape) for f in features],
     }
 
 

@@ -6,12 +6,13 @@ Every figure comes from the manifest or the paper: A. Boulch, ShaResNet, Pattern
 import re
 import textwrap
 
-from catalog import NETS
-from folder import KINDS, ONNX, WEIGHTS, onnx_size
+from catalog import NETS, other_args
+from folder import KINDS, MODES, ONNX, WEIGHTS, onnx_size
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from provenance import NOT_RECORDED
 
 NOT_MEASURED = 'not measured'
+ARGUMENTS = '| Arguments (`model_args`) |'
 AUTHOR = 'https://github.com/aboulch/sharesnet'
 PAPER = 'https://doi.org/10.1016/j.patrec.2018.01.006'
 
@@ -26,7 +27,7 @@ model = timm.create_model(name, pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 label_names = {label_names}
 
-image = Image.open('image.png').convert('RGB')  # of one of the classes
+image = Image.open('image.png').convert('{mode}')  # of one of the classes
 with torch.inference_mode():
     probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)[0]
 best = probabilities.topk({shown})
@@ -41,7 +42,7 @@ name = '{hub}'
 model = timm.create_model(name, pretrained=True, features_only=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 
-image = Image.open('image.png').convert('RGB')
+image = Image.open('image.png').convert('{mode}')
 with torch.inference_mode():
     features = model(transform(image).unsqueeze(0))
 for feature in features:
@@ -55,7 +56,7 @@ name = '{hub}'
 model = timm.create_model(name, pretrained=True, num_classes=0).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 
-image = Image.open('image.png').convert('RGB')
+image = Image.open('image.png').convert('{mode}')
 with torch.inference_mode():
     embedding = model(transform(image).unsqueeze(0))
 print(tuple(embedding.shape))  # (1, {width})""",
@@ -70,7 +71,7 @@ from PIL import Image
 
 config = json.load(open('config.json'))
 transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config['pretrained_cfg']))
-pixel_values = transform(Image.open('image.png').convert('RGB')).unsqueeze(0).numpy()
+pixel_values = transform(Image.open('image.png').convert('{mode}')).unsqueeze(0).numpy()
 
 session = onnxruntime.InferenceSession('onnx/model.onnx')
 (logits,) = session.run(['logits'], {{'pixel_values': pixel_values}})
@@ -139,23 +140,30 @@ def metadata(release, entry, namespace):
 
 def model_rows(release, entry, pin):
     """The rows of the table of facts."""
-    net, dataset = release.net, release.dataset
+    dataset = release.dataset
     parameters = f'{entry["parameters"]:,} ({entry["parameters"] / 1e6:.2f} M)'
     if release.shared:
-        twin = net.twin_parameters + entry['parameters'] - net.parameters  # they differ alike for other classes
+        twin = entry['twin_parameters']
         saved = 1 - entry['parameters'] / twin
-        parameters += f', {100 * saved:.0f} % fewer than the {twin:,} of its unshared twin `{net.twin}`'
+        parameters += f', {100 * saved:.0f} % fewer than the {twin:,} of its unshared twin `{release.net.twin}`'
     data = _cell(dataset.name)
     if not dataset.ours:
         data = f'[{data}](https://huggingface.co/datasets/{dataset.id})' if dataset.id else data
         data += f' (licence: {_cell(dataset.license)})' if dataset.license else ''
+    arguments = [f'{ARGUMENTS} {_cell(tell_args(release))} |'] if release.model_args else []
     return [
         f'| Task | image classification, {data}, {dataset.classes} classes |',
+        *arguments,
         f'| Parameters | {parameters} |',
         f'| GMACs | {entry["gmacs"]:.4f} |',
         f'| Activations | {entry["activations"]:.4f} M |',
         f'| Weights | `{WEIGHTS}`, {entry["dtype"]}, {pin["size"]:,} bytes, SHA-256 `{pin["sha256"]}` |',
     ]
+
+
+def tell_args(release):
+    """What the network is built with, beside its name and the defaults."""
+    return ', '.join(f'`{key}={value!r}`' for key, value in release.model_args.items())
 
 
 def accuracy_rows(release, entry, manifest):
@@ -165,7 +173,10 @@ def accuracy_rows(release, entry, manifest):
     how = f'measured from this file on {own["images"]:,} of {dataset.images:,} {dataset.split} images' if own else ''
     rows = [_row('**this model**', own and own['top1'], own and own['top5'], how)]
     if release.shared:
-        other = manifest.get(f'{net.twin}.{release.tag}', {}).get('accuracy')
+        other = manifest.get(f'{net.twin}.{release.tag}')
+        args = {key: value for key, value in release.other_args.items() if key != 'share_rate'}
+        same = other and other_args(net.twin, other.get('model_args', {})) == args
+        other = other['accuracy'] if same else None
         how = f'measured in the same way on {other["images"]:,} images' if other else ''
         rows.append(
             _row(f'its unshared twin `{net.twin}`, same recipe', other and other['top1'], other and other['top5'], how)
@@ -223,6 +234,7 @@ def snippets(release, namespace, width, features):
         'hub': f'hf-hub:{namespace}/{release.name}',
         'label_names': "model.pretrained_cfg['label_names']" if dataset.names() else _IMAGENET_LABELS,
         'shown': min(5, dataset.classes),
+        'mode': MODES[release.in_chans],
         'features': ', '.join(map(str, features)),
         'width': width,
     }
@@ -243,13 +255,15 @@ def compose(release, namespace, manifest, pin, facts, training, files):
     """
     name, dataset = release.name, release.dataset
     entry = manifest[name]
-    if any(other.twin == release.arch for shared, other in NETS.items() if shared != release.arch):
+    height, width = facts['image_size']
+    if not release.shared and any(net.twin == release.net.twin for shared, net in NETS.items() if shared != net.twin):
         what = f'The unshared twin of a [ShaResNet]({AUTHOR}), a plain residual network to compare with'
     elif not release.shared:
         what = f'A plain residual network with about as many parameters as a [ShaResNet]({AUTHOR}), to compare with'
     else:
+        whose = 'runs of blocks of a stage' if 'share_rate' in release.other_args else 'all blocks of a stage'
         what = (
-            'A ShaResNet: a residual network in which all blocks of a stage use the same 3x3 convolution '
+            f'A ShaResNet: a residual network in which {whose} use the same 3x3 convolution '
             '(`x + F(x, W_block, W_stage)`), while 1x1 convolutions and batch norms stay their own'
         )
     lines = [
@@ -270,7 +284,7 @@ def compose(release, namespace, manifest, pin, facts, training, files):
     measured += ' of the source code of timm-sharesnet.'
     lines += ['', '## Model', '', '| | |', '| --- | --- |', *model_rows(release, entry, pin)]
     lines += [
-        f'| Image size | {facts["image_size"]} x {facts["image_size"]} |',
+        f'| Image size | {height} x {width} |',
         f'| Paper | [Boulch 2018]({PAPER}), [arXiv:1702.08782](https://arxiv.org/abs/1702.08782) |',
         f'| Original code | [aboulch/sharesnet]({AUTHOR}) |',
         '',
@@ -296,7 +310,8 @@ def compose(release, namespace, manifest, pin, facts, training, files):
     if entry['imported']:
         lines += ["Trained by the paper's author in Torch7 and imported without change (`source.json`):", '']
     elif 'args.yaml' in files:
-        lines += ["Trained by timm's `train.py`; `args.yaml` has every option, `summary.csv` the epochs:", '']
+        epochs = ', `summary.csv` the epochs' if 'summary.csv' in files else ''
+        lines += [f"Trained by timm's `train.py`; `args.yaml` has every option{epochs}:", '']
     elif training == NOT_RECORDED:
         lines += ['How these weights were trained was not recorded.', '']
     else:
@@ -311,10 +326,10 @@ def compose(release, namespace, manifest, pin, facts, training, files):
     lines += ['## Usage', '']
     for heading, code in snippets(release, namespace, facts['width'], facts['features']).items():
         lines += [f'### {heading}', '', '```python', code, '```', '']
-    lines += onnx_section(release, namespace, entry, facts['image_size'])
-    made = f'trained at {facts["image_size"]} px'
+    lines += onnx_section(release, namespace, entry, height, width)
+    made = f'trained at {pixels(height, width)} px'
     if release.shelf.package:
-        made = f'made for research on weight sharing, at {facts["image_size"]} px,'
+        made = f'made for research on weight sharing, at {pixels(height, width)} px,'
     limits = [
         f'It knows the {dataset.classes} classes of {dataset.name} and takes any image for one of them. It was {made} '
         'and tested on no other data.',
@@ -335,7 +350,7 @@ def compose(release, namespace, manifest, pin, facts, training, files):
     return card
 
 
-def onnx_section(release, namespace, entry, px):
+def onnx_section(release, namespace, entry, height, width):
     """The lines of the section on the ONNX files."""
     dataset, folded = release.dataset, ''
     if release.shared:
@@ -345,8 +360,8 @@ def onnx_section(release, namespace, entry, px):
         )
     paragraphs = [
         f'`{ONNX}/` has the net as it is deployed, as `python -m timm_sharesnet.export` writes it: with batch norms '
-        f'folded{folded}. The input is `pixel_values`, images of shape (batch, 3, {px}, {px}) preprocessed as timm '
-        f'does, see above; the output is `logits` of shape (batch, {dataset.classes}).',
+        f'folded{folded}. The input is `pixel_values`, images of shape (batch, {release.in_chans}, {height}, {width}) '
+        f'preprocessed as timm does, see above; the output is `logits` of shape (batch, {dataset.classes}).',
         f'Session memory is by how much a process grows when it opens the file ({entry["onnx"]["runtime"]}), and how '
         'much of it is held once the allocator has given back what is free. It varies with machines and versions.',
     ]
@@ -358,7 +373,8 @@ def onnx_section(release, namespace, entry, px):
         )
     label_name = "config['label_names'][logits[0].argmax()]" if dataset.names() else 'logits[0].argmax()'
     clone = f'In the folder (`hf download {namespace}/{release.name} --local-dir .`), without this package:'
-    code = '# pip install onnxruntime timm' + ONNX_SNIPPET.format(label_name=label_name)
+    mode = MODES[release.in_chans]
+    code = '# pip install onnxruntime timm' + ONNX_SNIPPET.format(label_name=label_name, mode=mode)
     return [
         '## ONNX',
         '',
@@ -374,6 +390,10 @@ def onnx_section(release, namespace, entry, px):
         '```',
         '',
     ]
+
+
+def pixels(height, width):
+    return f'{width}' if height == width else f'{height} x {width}'
 
 
 def _cell(text):
@@ -396,7 +416,7 @@ def card_faults(text, release, manifest, pin):
     lines = set(text.splitlines())
     rows = model_rows(release, entry, pin) + accuracy_rows(release, entry, manifest) + onnx_rows(release, entry)
     faults += [f'README.md does not have the row: {row}' for row in rows if row not in lines]
-    labels = (f'| `{ONNX}/', *(row[: row.index('|', 2) + 1] for row in rows))
+    labels = (f'| `{ONNX}/', ARGUMENTS, *(row[: row.index('|', 2) + 1] for row in rows))
     faults += [f'README.md has a row too many: {row}' for row in sorted(lines - {*rows}) if row.startswith(labels)]
     expected = [entry['accuracy'][k] for k in ('top1', 'top5')] if complete(entry, release.dataset) else []
     expected = [value for value in expected if value is not None]

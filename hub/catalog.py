@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from folder import HUB, LARGE, ONNX, SAMPLES, WEIGHTS, Fault, read_json
 
@@ -110,6 +110,23 @@ class Dataset(NamedTuple):
         return None if self.ours else self.label_names or [str(i) for i in range(self.classes)]
 
 
+DROP_RATES = ('drop_rate', 'drop_path_rate', 'drop_block_rate', 'block_drop_rate')
+# What a net is built with where nobody says otherwise
+DEFAULT_ARGS = {'in_chans': 3, 'global_pool': 'avg', **dict.fromkeys(DROP_RATES, 0)}
+# What changes how a net is trained, and not what the trained one computes
+TRAINING_ARGS = (*DROP_RATES, 'zero_init_last')
+
+
+def other_args(arch, model_args):
+    """The arguments that make a net compute other than the paper's of this name."""
+    default = {'share_rate': default_rate(arch)}
+    return {k: v for k, v in model_args.items() if k not in TRAINING_ARGS and default.get(k) != v}
+
+
+def default_rate(arch):
+    return int(NETS[arch].twin != arch)
+
+
 DATASETS = {
     'c10': Dataset('uoft-cs/cifar10', 'CIFAR-10', 'test', 10_000, 10, 'cifar10_test_1000'),
     'c100': Dataset('uoft-cs/cifar100', 'CIFAR-100', 'test', 10_000, 100, 'cifar100_test_1000'),
@@ -205,13 +222,23 @@ def open_shelf(output):
 
 
 class Release(NamedTuple):
-    """A published model: its network and tag, what it was trained on (None if that is still to be told), its folder."""
+    """A published model.
+
+    Args:
+        arch: Its network.
+        tag: What tells its weights.
+        dataset: What it was trained on, None if that is still to be told.
+        shelf: Where its folder lies.
+        path: Its folder.
+        model_args: What the network is built with, beside its name and `DEFAULT_ARGS`.
+    """
 
     arch: str
     tag: str
     dataset: Dataset | None
     shelf: Shelf
     path: Path
+    model_args: dict[str, Any]
 
     @property
     def name(self):
@@ -224,7 +251,19 @@ class Release(NamedTuple):
     @property
     def shared(self):
         """Whether it shares convolutions, so that it has a twin that does not."""
-        return self.net.twin != self.arch
+        return any(self.share_rate) if isinstance(self.share_rate, list) else self.share_rate > 0
+
+    @property
+    def share_rate(self):
+        return self.model_args.get('share_rate', default_rate(self.arch))
+
+    @property
+    def in_chans(self):
+        return self.model_args.get('in_chans', DEFAULT_ARGS['in_chans'])
+
+    @property
+    def other_args(self):
+        return other_args(self.arch, self.model_args)
 
     @property
     def imported(self):
@@ -234,7 +273,7 @@ class Release(NamedTuple):
     @property
     def in_paper(self):
         """Whether the paper has the network on this data set."""
-        return self.dataset == DATASETS[self.net.dataset]
+        return self.dataset == DATASETS[self.net.dataset] and not self.other_args
 
     @property
     def shown(self):
@@ -252,8 +291,9 @@ def parse(name, shelf):
         meant = f'did you mean {" or ".join(close)}?' if close else f'they are {", ".join(NETS)}'
         raise Fault(f'{arch} is no architecture of this package, {meant}')
     dataset = DATASETS.get(tag.rpartition('_')[2])
+    entry = read_json(shelf.manifest).get(name, {})
     if shelf.package is None:
-        data = read_json(shelf.manifest).get(name, {}).get('data')
+        data = entry.get('data')
         if isinstance(data, dict):
             if data.keys() != {*Dataset._fields}:
                 raise Fault(f'{shelf.manifest} is not valid: data of {name}')
@@ -263,7 +303,7 @@ def parse(name, shelf):
             f'{name!r} is not ARCH.TAG with a tag that ends in {" or ".join("_" + d for d in DATASETS)}; '
             'a net trained on other data is published from a directory of your own: --output DIR'
         )
-    return Release(arch, tag, dataset, shelf, shelf.path / name)
+    return Release(arch, tag, dataset, shelf, shelf.path / name, entry.get('model_args', {}))
 
 
 def choose_namespace(argument, shelf):

@@ -24,7 +24,9 @@ import provenance
 from folder import ONNX, WEIGHTS, Fault
 
 ENTRY = {
+    'model_args',
     'parameters',
+    'twin_parameters',
     'gmacs',
     'activations',
     'dtype',
@@ -105,7 +107,7 @@ def check(release, sample=True):
     if (path / WEIGHTS).is_file() and not any(
         fault.startswith((WEIGHTS, 'config', 'no ', repr(path.name))) for fault in faults
     ):
-        faults += _collect(model_faults, release, sample)
+        faults += _collect(trained_faults, release) + _collect(model_faults, release, sample)
         if (path / ONNX).is_dir() and not any(fault.startswith(ONNX) for fault in faults):
             faults += _collect(session_faults, release, sample)
     return faults
@@ -123,8 +125,8 @@ def static_faults(release):
         return absent
     odd = manifest[name].keys() ^ ENTRY
     if odd:
-        return [f'no valid entry in manifest.json: {", ".join(sorted(odd))} is missing or unknown']
-    faults = pin_faults(name, pins[name])
+        return [f'no valid entry in manifest.json: {", ".join(sorted(odd))} is missing or unknown, build.py renews it']
+    faults = pin_faults(release, pins[name])
     dataset = release.dataset
     expected = {'data': dataset.name if dataset.ours else dataset._asdict(), 'imported': release.imported}
     for key, value in expected.items():
@@ -138,10 +140,13 @@ def static_faults(release):
     return faults
 
 
-def pin_faults(name, pin):
-    """What is wrong with an entry of weights.json, from which the package loads."""
+def pin_faults(release, pin):
+    """What is wrong with an entry of weights.json, from which the package loads by name alone."""
+    name = release.name
     if pin.keys() != {'repo', 'revision', 'sha256', 'size', 'packaged'}:
         return [f'no valid entry in weights.json: {", ".join(pin)}']
+    if release.other_args and (pin['packaged'] or pin['revision']):
+        return [f'weights.json has a pin or "packaged", by which they would load without {card.tell_args(release)}']
     if not pin['repo'] and not pin['revision']:
         return []
     if pin['repo'] != f'{catalog.NAMESPACE}/{name}' or not re.fullmatch(r'[0-9a-f]{40}', str(pin['revision'])):
@@ -199,8 +204,7 @@ def config_faults(release, _manifest, pin):
         'num_classes of pretrained_cfg': (cfg.get('num_classes'), dataset.classes),
         'sha256': (config.get('sha256'), pin['sha256']),
         'label_names': (config.get('label_names'), dataset.names()),
-        # transformers passes it a second time
-        'num_classes in model_args': (config.get('model_args', {}).get('num_classes'), None),
+        'model_args': (config.get('model_args'), build.config_args(release)),
     }
     faults = [f'config.json has {k} {a!r} instead of {b!r}' for k, (a, b) in expected.items() if a != b]
     sources = [k for k in ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source') if cfg.get(k)]
@@ -295,6 +299,14 @@ def card_faults(release, manifest, pin):
     return card.card_faults((release.path / 'README.md').read_text(encoding='utf-8'), release, manifest, pin)
 
 
+def trained_faults(release):
+    """Whether the arguments of the net are those that the records of its training tell."""
+    trained = build.describe_args(*build.read_records(release.path), release.arch)
+    if trained == release.model_args:
+        return []
+    return [f'model_args: the manifest says {release.model_args}, args.yaml and config.json {trained}']
+
+
 def model_faults(release, sample=True):
     """What is wrong with the loaded model: tensors, counts, preprocessing, predictions."""
     from safetensors.torch import load_file
@@ -310,19 +322,18 @@ def model_faults(release, sample=True):
     if dtypes != {entry['dtype']}:
         faults.append(f'{WEIGHTS} is {" and ".join(sorted(dtypes))}, the manifest says {entry["dtype"]}')
     config = folder.read_json(path / 'config.json')
-    wanted = {'in_chans': 3, 'global_pool': 'avg'}
-    if config.get('model_args', wanted) != wanted:  # timm 1.0.28 writes none, where they are the default
-        faults.append(f'config.json has the model_args {config["model_args"]} instead of {wanted}')
     for key, value in config['pretrained_cfg'].items():
         known = reference.pretrained_cfg.get(key)
         if value != (list(known) if isinstance(known, tuple) else known):
             faults.append(f'config.json has {key} {value} in pretrained_cfg, the package {known}')
     model = folder.load(path)
-    for key, value in folder.measure(model).items():
+    counts = folder.measure(model) | ({'twin_parameters': build.count_twin(model)} if release.shared else {})
+    for key, value in counts.items():
         if value != entry[key]:
             faults.append(f'{key}: measured {value:,}, the manifest says {entry[key]:,}')
-    if release.in_paper and entry['parameters'] != release.net.parameters:
-        faults.append(f'parameters: the manifest says {entry["parameters"]:,}, the original {release.net.parameters:,}')
+    for key in sorted(counts.keys() & {'parameters', 'twin_parameters'}) if release.in_paper else ():
+        if entry[key] != getattr(release.net, key):
+            faults.append(f'{key}: the manifest says {entry[key]:,}, the original {getattr(release.net, key):,}')
     if sample and dataset.sample:
         faults += sample_faults(folder.wrong_in_sample(model, dataset), entry['sample'], dataset)
     return faults

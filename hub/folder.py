@@ -23,6 +23,7 @@ PROVENANCE = {'args.yaml', 'summary.csv', 'training.json', 'source.json'}
 ALLOWED = REQUIRED | PROVENANCE | {'curves.png'}
 ONNX = 'onnx'  # folder of the net as it is deployed, by the Hub's convention
 KINDS = {'model.onnx': 'fp32', 'model_quantized.onnx': 'int8'}
+MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}  # in which images are read, by the input channels of a net
 ERROR = 1e-4  # largest difference between the fp32 file's and torch's outputs / largest output
 LARGE = (f'{ONNX}/', WEIGHTS)  # what git ignores beyond TRACKED_BYTES; what can be made again goes first
 
@@ -220,14 +221,15 @@ def preprocess(model, images, workers=0):
     import torch
 
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    collate = functools.partial(_collate, transform)
+    collate = functools.partial(_collate, transform, MODES[model.pretrained_cfg['input_size'][0]])
     return torch.utils.data.DataLoader(images, batch_size=100, collate_fn=collate, num_workers=workers)
 
 
-def _collate(transform, pairs):
+def _collate(transform, mode, pairs):
     import torch
 
-    return torch.stack([transform(image) for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+    images = torch.stack([transform(image.convert(mode)) for image, _ in pairs])
+    return images, torch.tensor([label for _, label in pairs])
 
 
 def load_sample(dataset):

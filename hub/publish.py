@@ -56,6 +56,9 @@ def main():
     if not names:
         raise Fault(f'there is nothing to publish in {shelf.path}')
     releases = [catalog.parse(name, shelf) for name in names]
+    for release in releases if args.pin else ():
+        if release.other_args:
+            raise Fault(f'--pin: the package loads by name, so {release.name} would lack {card.tell_args(release)}')
     faults = [f'{r.name}: {fault}' for r in releases for fault in local_faults(r, namespace, args.push)]
     if faults:
         raise Fault(*faults)
@@ -257,10 +260,15 @@ def verify(api, repo_id, oid, path):
         if not card_data or card_data.library_name != 'timm' or bool(card_data.eval_results) != bool(ours.eval_results):
             raise Fault('the Hub does not see the metadata of the card')
         with tempfile.TemporaryDirectory() as cache:
-            loaded = timm.create_model(f'hf-hub:{repo_id}@{oid}', pretrained=True, cache_dir=cache).state_dict()
-        sent = folder.load(path).state_dict()
-        if loaded.keys() != sent.keys() or not all(torch.equal(loaded[k], sent[k]) for k in sent):
+            loaded = timm.create_model(f'hf-hub:{repo_id}@{oid}', pretrained=True, cache_dir=cache).eval()
+        sent = folder.load(path)
+        images = torch.randn(2, *sent.pretrained_cfg['input_size'])
+        found, expected = loaded.state_dict(), sent.state_dict()
+        if found.keys() != expected.keys() or not all(torch.equal(found[k], expected[k]) for k in expected):
             raise Fault('timm does not load the same weights from the Hub as from the folder')
+        with torch.inference_mode():
+            if not torch.allclose(loaded(images), sent(images)):
+                raise Fault('timm does not build the same net from the Hub as from the folder')
 
 
 def clean_up(api, repo_id, before):

@@ -63,8 +63,12 @@ def use_small_net(monkeypatch, **kwargs):
         return resnetv2._create_resnetv2_cifar('sharesnet164_cifar', pretrained, **args)
 
     monkeypatch.setitem(_registry._model_entrypoints, 'sharesnet164_cifar', sharesnet164_cifar)
-    parameters = sum(p.numel() for p in timm.create_model('sharesnet164_cifar').parameters())
-    monkeypatch.setitem(NETS, 'sharesnet164_cifar', NETS['sharesnet164_cifar']._replace(parameters=parameters))
+    counts = []
+    for rate in (1.0, 0.0):
+        model = timm.create_model('sharesnet164_cifar', share_rate=rate)
+        counts.append(sum(p.numel() for p in model.parameters()))
+    net = NETS['sharesnet164_cifar']._replace(parameters=counts[0], twin_parameters=counts[1])
+    monkeypatch.setitem(NETS, 'sharesnet164_cifar', net)
     torch.manual_seed(0)
     return timm.create_model('sharesnet164_cifar', **kwargs)
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import models
 import pytest
 import timm
 import torch
@@ -30,6 +31,7 @@ from hub_project import (
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torchvision.transforms.functional import to_tensor
 
 ARGS = {
     'model': 'shawrn40_4',
@@ -396,7 +398,7 @@ REFUSALS = {
     'another model': (
         lambda p: save(p / 'x', state_dict()),
         ['wrn40_4.test_c10'],
-        'layer1.blocks.1.conv2.weight is missing',
+        'the 3x3 kernels are those of another share_rate than 0, all else is of wrn40_4',
     ),
     'an unknown model': (lambda p: p, ['resnet50.a1_in1k'], 'resnet50 is no architecture of this package'),
     'no data set in the tag': (lambda p: p, ['shawrn40_4.test'], 'is not ARCH.TAG with a tag that ends in _c10'),
@@ -465,6 +467,204 @@ def test_missing_matplotlib_is_told_before_anything_is_measured(build, project, 
     monkeypatch.setattr(build, 'build', None)
     code, _, err = run(build, [project / 'hub' / NAME, '--model', NAME], monkeypatch, capsys)
     assert (code, err) == (1, ['build.py: drawing the curves needs matplotlib: pip install matplotlib'])
+
+
+# The net that was trained, which need not be the one of its name
+
+SMALL = 'sharesnet164_cifar.small_c10'
+
+
+@pytest.fixture
+def train(build, tmp_path, monkeypatch):
+    """Make a small net, and write what train.py leaves of it: its options beside the weights, with them, or nowhere."""
+    use_small_net(monkeypatch)
+
+    def train(options=None, inside=False, **kwargs):
+        model = models.create('sharesnet164_cifar', **kwargs)
+        checkpoint, path = {'state_dict': model.state_dict()}, tmp_path / 'run'
+        path.mkdir()
+        if options is not None:
+            options = {'model': 'sharesnet164_cifar', 'drop': 0.0, 'gp': None, 'model_kwargs': {}} | options
+            if inside:
+                checkpoint['args'] = argparse.Namespace(**options)
+            else:
+                (path / 'args.yaml').write_text(yaml.safe_dump(options))
+        torch.save(checkpoint, path / 'last.pth.tar')
+        return path, model
+
+    return train
+
+
+def error(path, model):
+    """How much the net of a folder differs from another, of the largest output."""
+    loaded = timm.create_model(f'local-dir:{path}', pretrained=True).eval()
+    images = torch.randn(2, *loaded.pretrained_cfg['input_size'])
+    with torch.inference_mode():
+        return models.error(loaded(images), model(images))
+
+
+# Options of train.py, and what it passes on to the net
+TRAINED = {
+    'an activation': ({'model_kwargs': {'act_layer': 'silu'}}, {'act_layer': 'silu'}),
+    'a pooling': ({'gp': 'max'}, {'global_pool': 'max'}),
+    'a wider embedding': ({'gp': 'catavgmax'}, {'global_pool': 'catavgmax'}),
+    'a rate': ({'model_kwargs': {'layers': [5, 3, 3], 'share_rate': 0.5}}, {'layers': [5, 3, 3], 'share_rate': 0.5}),
+    'runs of blocks': (
+        {'model_kwargs': {'layers': [4, 4, 1], 'share_rate': [0, [[1, 3]], 1.0]}},
+        {'layers': [4, 4, 1], 'share_rate': [0, [[1, 3]], 1.0]},
+    ),
+    'no sharing': ({'model_kwargs': {'share_rate': 0.0}}, {'share_rate': 0.0}),
+    'wide feature maps': ({'model_kwargs': {'widen_factor': 2}}, {'widen_factor': 2}),
+    'gray images': ({'input_size': [1, 40, 32], 'mean': [0.3], 'std': [0.2]}, {'in_chans': 1}),
+    'transparent images': ({'in_chans': 4, 'input_img_mode': 'RGBA'}, {'in_chans': 4}),
+    'dropout': (
+        {'drop': 0.2, 'drop_path': 0.1, 'model_kwargs': {'block_drop_rate': 0.3}},
+        {'drop_rate': 0.2, 'drop_path_rate': 0.1, 'block_drop_rate': 0.3},
+    ),
+}
+
+
+@pytest.mark.parametrize('case', TRAINED)
+def test_folder_loads_to_the_net_that_was_trained(build, project, train, other_onnx, monkeypatch, capsys, case):
+    import check
+
+    options, kwargs = TRAINED[case]
+    source, model = train(options, **kwargs)
+    path = project / 'hub' / SMALL
+    code, _, err = run(build, [source, '--model', SMALL], monkeypatch, capsys)
+    assert (code, err) == (0, []) and error(path, model) == 0
+    config, entry = json.loads((path / 'config.json').read_text()), manifest(project)[SMALL]
+    assert config['model_args'] == {'in_chans': 3, 'global_pool': 'avg'} | kwargs and entry['model_args'] == kwargs
+    assert check.static_faults(release(path)) == check.model_faults(release(path)) == []
+    text = (path / 'README.md').read_text()
+    assert all(f'`{key}={value!r}`' in text for key, value in kwargs.items())
+    # only with dropout it still computes as the paper's net
+    assert ('the paper, Table 2' in text) == (case == 'dropout')
+    size = tuple(options.get('input_size', [kwargs.get('in_chans', 3), 32, 32]))
+    images = torch.zeros(1, *size)
+    with torch.inference_mode():
+        features = model.forward_intermediates(images, intermediates_only=True)
+        embedding = model.forward_head(model.forward_features(images), pre_logits=True)
+    assert f'# {", ".join(str(tuple(f.shape)) for f in features)}\n' in text and f'# {tuple(embedding.shape)}\n' in text
+    assert f'(batch, {", ".join(map(str, size))})' in ' '.join(text.split())
+
+    before = snapshot(project)
+    code, _, err = run(build, [path, '--model', SMALL], monkeypatch, capsys)
+    assert (code, err) == (0, []) and snapshot(project) == before
+
+
+def test_figures_onnx_files_and_twin_are_of_the_net_that_was_trained(
+    build, project, train, no_memory, data, monkeypatch, capsys
+):
+    """It sees gray images, normalized as timm's loader does without other options: by the means of three colours'."""
+    import check
+
+    kwargs = {'global_pool': 'max', 'in_chans': 1, 'act_layer': 'silu', 'layers': [5, 3, 3], 'share_rate': 0.5}
+    options = {
+        'gp': 'max',
+        'in_chans': 1,
+        'model_kwargs': {k: kwargs[k] for k in ('act_layer', 'layers', 'share_rate')},
+    }
+    source, model = train(options, **kwargs)
+    shutil.copytree(data / 'test', data / 'train')
+    assert run(build, [source, '--model', SMALL, '--data-dir', data], monkeypatch, capsys)[0] == 0
+    assert check.check(release(project / 'hub' / SMALL)) == []
+    entry = manifest(project)[SMALL]
+    files = entry['onnx']['files']
+    kernels = [record['kernels'] for record in (*files.values(), *entry['onnx']['twin'].values())]
+    assert files.keys() == {'model.onnx', 'model_quantized.onnx'} and kernels == [10, 10, 12, 12]
+
+    mean, std = (sum(values) / 3 for values in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
+    files = sorted((data / 'test').glob('*/*.png'))
+    images = torch.stack([to_tensor(Image.open(file).convert('L')) for file in files])
+    with torch.inference_mode():
+        best = model((images - mean) / std).argmax(1)
+    classes = sorted({file.parent.name for file in files})
+    right = sum(classes[i] == file.parent.name for i, file in zip(best, files, strict=True))
+    assert entry['accuracy']['top1'] == round(100 * right / 13, 4)
+
+
+def test_checkpoint_alone_is_built_with_the_options_that_it_holds(
+    build, project, train, other_onnx, tmp_path, monkeypatch, capsys
+):
+    options = {'model_kwargs': {'act_layer': 'silu', 'layers': (2, 3, 2)}, 'output': '/home/me/runs'}
+    source, model = train(options, inside=True, act_layer='silu', layers=(2, 3, 2))
+    path = project / 'hub' / SMALL
+    assert run(build, [source / 'last.pth.tar', '--model', SMALL], monkeypatch, capsys)[0] == 0
+    assert error(path, model) == 0 and yaml.safe_load((path / 'args.yaml').read_text())['output'] == 'runs'
+
+
+@pytest.mark.parametrize('made_by', ['save_for_hf', 'share'])
+def test_arguments_and_preprocessing_of_a_config_beside_the_weights_are_kept(
+    build, project, train, other_onnx, tmp_path, monkeypatch, capsys, made_by
+):
+    from timm_sharesnet import share
+
+    args = {'act_layer': 'silu', 'layers': [5, 3, 2]}
+    if made_by == 'share':
+        model = share(models.create('resnet164_cifar', **args), 0.5, init='mean')
+        args['share_rate'] = 0.5
+    else:
+        model = models.create('sharesnet164_cifar', **args)
+    model.pretrained_cfg |= {'mean': (0.5, 0.5, 0.5), 'input_size': (3, 48, 48)}
+    timm.models.save_for_hf(model, str(tmp_path / 'saved'), model_args=args, safe_serialization=True)
+    path = project / 'hub' / SMALL
+    assert run(build, [tmp_path / 'saved', '--model', SMALL], monkeypatch, capsys)[0] == 0
+    assert error(path, model) == 0
+    cfg = json.loads((path / 'config.json').read_text())['pretrained_cfg']
+    assert (cfg['mean'], cfg['input_size'], cfg['std']) == ([0.5] * 3, [3, 48, 48], [0.247, 0.2435, 0.2616])
+    before = snapshot(project)
+    assert run(build, [path, '--model', SMALL], monkeypatch, capsys)[0] == 0 and snapshot(project) == before
+
+
+# Options of train.py that no folder can carry, and what the error names
+LOST = {
+    'another rate': (None, 'the 3x3 kernels are those of another share_rate than 1, all else is of sharesnet164_cifar'),
+    'a rate that was not trained': (
+        {'model_kwargs': {'layers': [5, 3, 3], 'share_rate': 0.25}},
+        'another share_rate than 0.25',
+    ),
+    'no argument of the net': ({'bn_eps': 0.001}, 'sharesnet164_cifar cannot be built with bn_eps 0.001: '),
+    'no pooling': ({'gp': 'mean'}, "cannot be built with gp 'mean': "),
+    'a mistyped activation': ({'model_kwargs': {'act_layer': 'sillu'}}, "with model_kwargs: act_layer 'sillu': "),
+    'what JSON has no word for': (
+        {'model_kwargs': {'layers': {1, 2, 3}}},
+        'model_kwargs: layers: config.json cannot hold {1, 2, 3}',
+    ),
+    'keys that JSON turns into text': (
+        {'model_kwargs': {'block_args': {1: 'se'}}},
+        "model_kwargs: block_args: config.json cannot hold {1: 'se'}",
+    ),
+    'split batch norms': ({'split_bn': True}, 'split_bn: timm builds no net with split batch norms'),
+    'images that nobody would read so': ({'input_img_mode': 'HSV'}, 'input_img_mode: config.json has no place for HSV'),
+    'more channels than images have': ({'in_chans': 5}, 'in_chans: images have 1 to 4 channels, not 5'),
+    'two stories': ({'gp': 'max'}, "gp: args.yaml says 'max', config.json 'avg': correct the wrong one"),
+}
+
+
+@pytest.mark.parametrize('case', LOST)
+def test_nothing_is_written_for_a_net_trained_with(build, project, train, monkeypatch, capsys, case):
+    options, message = LOST[case]
+    source, _ = train(options, layers=(5, 3, 3), share_rate=0.5)
+    if case in ('another rate', 'two stories'):
+        args = {'layers': [5, 3, 3]} if case == 'another rate' else {'global_pool': 'avg'}
+        (source / 'config.json').write_text(json.dumps({'model_args': args}))
+    before = snapshot(project)
+    code, out, err = run(build, [source, '--model', SMALL], monkeypatch, capsys)
+    assert (code, out, len(err)) == (1, '', 1) and message in err[0]
+    assert snapshot(project) == before
+
+
+def test_weights_that_load_by_name_are_not_replaced_by_those_of_a_net_with_arguments(
+    build, project, train, other_onnx, monkeypatch, capsys
+):
+    source, _ = train({'gp': 'max'}, global_pool='max')
+    before = snapshot(project)
+    code, _, err = run(build, [source, '--model', NAME], monkeypatch, capsys)
+    assert (
+        code == 1 and f'{NAME} is "packaged" in weights.json: loaded by name it lacks `global_pool=\'max\'`' in err[0]
+    )
+    assert snapshot(project) == before
 
 
 # Replacing what was there

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+import yaml
 from hub_project import NAME, ROOT, copy_project, edit, flip_last_byte, release, run, snapshot, use
 from safetensors.torch import load_file, save_file
 
@@ -121,7 +122,23 @@ DAMAGE = {
     ),
     'what transformers would pass twice': (
         damage_json('config.json', lambda d: d['model_args'].update(num_classes=10)),
-        'config.json has num_classes in model_args 10 instead of None',
+        "config.json has model_args {'in_chans': 3, 'global_pool': 'avg', 'num_classes': 10} instead of {'in_chans'",
+    ),
+    'other arguments': (
+        damage_json('config.json', lambda d: d['model_args'].update(act_layer='silu')),
+        "config.json has model_args {'in_chans': 3, 'global_pool': 'avg', 'act_layer': 'silu'} instead of {'in_chans'",
+    ),
+    'a pooling that only the config has for information': (
+        damage_json('../manifest.json', lambda d: d[NAME]['model_args'].update(global_pool='max')),
+        "config.json has model_args {'in_chans': 3, 'global_pool': 'avg'} instead of {'in_chans': 3, 'global_pool': 'm",
+    ),
+    'arguments of what is loaded by name': (
+        damage_json('../manifest.json', lambda d: d[NAME]['model_args'].update(share_rate=0.5)),
+        'weights.json has a pin or "packaged", by which they would load without `share_rate=0.5`',
+    ),
+    'arguments in the card': (
+        lambda p: edit(p / 'README.md', '| Parameters |', '| Arguments (`model_args`) | `x=1` |\n| Parameters |'),
+        'README.md has a row too many: | Arguments (`model_args`) | `x=1` |',
     ),
     'another hash': (damage_json('config.json', lambda d: d.update(sha256='0')), "config.json has sha256 '0' instead"),
     'a source': (
@@ -297,6 +314,21 @@ def test_wrong_figures_and_preprocessing_are_named(check, path, monkeypatch):
         'gmacs: measured 0.2445, the manifest says 9.9',
         'parameters: the manifest says 1, the original 929,114',
     ]
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'gp': 'max'}, "gp: args.yaml says 'max', config.json 'avg': correct the wrong one"),
+        (
+            {'model_kwargs': {'act_layer': 'silu'}},
+            "model_args: the manifest says {}, args.yaml and config.json {'act_layer': 'silu'}",
+        ),
+    ],
+)
+def test_net_without_arguments_that_it_was_trained_with_is_named(check, unloaded, path, options, message):
+    (path / 'args.yaml').write_text(yaml.safe_dump({'model': 'sharesnet164_cifar', **options}))
+    assert message in check._collect(check.trained_faults, release(path))
 
 
 def change_graph(change):

@@ -14,8 +14,10 @@ import threading
 import time
 from pathlib import Path
 
+import models
 import pytest
 import timm
+import torch
 import yaml
 from hub_project import NAME, ROOT, copy_project, edit, flip_last_byte, save, snapshot, use, use_any_onnx
 from hub_project import run as run_imported
@@ -489,6 +491,33 @@ def test_net_of_own_data_is_published_from_a_directory_of_its_own_and_ours_still
     assert published(hub, project) and snapshot(project) == ours
 
 
+def test_net_with_arguments_is_published_with_them_and_not_pinned(run, hub, project, tmp_path, monkeypatch, capsys):
+    args = {'layers': [2, 2, 2], 'act_layer': 'silu', 'global_pool': 'max', 'in_chans': 1}
+    model, name = models.create('sharesnet164_cifar', **args), 'sharesnet164_cifar.silu_c10'
+    timm.models.save_for_hf(model, str(tmp_path / 'saved'), model_args=args, safe_serialization=True)
+    with monkeypatch.context() as patch:
+        use(project, patch)
+        use_any_onnx(patch)
+        import build
+
+        argv = [tmp_path / 'saved', '--model', name]
+        assert run_imported(build, argv, patch, capsys)[0] == 0
+    take_for_the_real_hub(project, hub)
+    code, _, err = run(name, '--push', '--pin')
+    assert code == 1 and len(err) == 1 and not hub.requests
+    assert f'the package loads by name, so {name} would lack `layers=[2, 2, 2]`, ' in err[0]
+    assert run(name, '--push')[0] == 0
+    script = tmp_path / 'load.py'
+    script.write_text(
+        f"import timm, torch; m = timm.create_model('hf-hub:timm-sharesnet/{name}', pretrained=True).eval()\n"
+        'print(m(torch.ones(1, 1, 32, 32)).tolist())'
+    )
+    code, out, _ = run(script=script, token=None, cwd=tmp_path)
+    with torch.inference_mode():
+        expected = model(torch.ones(1, 1, 32, 32))
+    assert code == 0 and torch.allclose(torch.tensor(json.loads(out)), expected)
+
+
 def test_mistyped_name_gets_the_nearest_ones(run, hub):
     assert 'did you mean sharesnet164_cifar' in run('sharesnet146_cifar.cpu_c10')[2][0]
     assert run('sharesnet164_cifar.cpi_c10')[2][0].endswith(f'did you mean {NAME}?')
@@ -507,13 +536,14 @@ def test_pin_is_refused_for_another_endpoint_or_without_push(run, hub):
     assert not hub.requests
 
 
+def take_for_the_real_hub(project, hub):
+    """Let a copy of publish.py do so with the stand-in."""
+    path, constant = project / 'hub' / 'publish.py', 'PINNED_ENDPOINT = '
+    edit(path, f"{constant}'https://huggingface.co'", f'{constant}{hub.endpoint!r}')
+
+
 def test_push_with_pin_writes_the_verified_commit(run, hub, project):
-    """With a copy of publish.py that takes the stand-in for the real Hub."""
-    edit(
-        project / 'hub' / 'publish.py',
-        "PINNED_ENDPOINT = 'https://huggingface.co'",
-        f'PINNED_ENDPOINT = {hub.endpoint!r}',
-    )
+    take_for_the_real_hub(project, hub)
     before = json.loads((project / 'timm_sharesnet' / 'weights.json').read_text())
     hub.fail('GET', '/tree/', 503, 99)
     assert run(NAME, '--push', '--pin')[0] == 1

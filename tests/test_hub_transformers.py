@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import models
 import pytest
 import timm
 import torch
@@ -46,6 +47,20 @@ def test_imported_net_of_another_architecture_than_the_default(scripts, image, t
     argv = [TORCH7 / 'preact-29-c10.t7.gz', '--model', 'sharesnet164_cifar', '--output', tmp_path / 'new']
     assert import_torch7.main([*map(str, argv), '--model-kwargs', 'layers=3,3,3']) is None
     assert classify(tmp_path / 'new', image).startswith('LABEL_')  # nobody told the names
+
+
+def test_built_net_with_arguments(scripts, tmp_path, monkeypatch):
+    import build
+
+    args = {'act_layer': 'silu', 'global_pool': 'max', 'in_chans': 1, 'share_rate': 0.5, 'layers': [5, 3, 3]}
+    path = tmp_path / 'sharesnet164_cifar.silu_c10'
+    path.mkdir()
+    model = models.create('sharesnet164_cifar', **args)
+    build.build(path, release(path)._replace(model_args=args), {'weights': model.state_dict()}, None)
+    theirs = AutoModelForImageClassification.from_pretrained(path).eval()
+    images = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(theirs(images).logits, model(images))
 
 
 def test_built_net_in_fp16(scripts, tmp_path, monkeypatch):
