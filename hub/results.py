@@ -5,9 +5,9 @@
 
 Written are hub/results-MACHINE-VERSIONS.csv, the table of models in README.md, and hub/accuracy.svg (after Figure 5 of
 the paper), and the paper's Tables 1 to 3 are printed. Parameters, convolutions, GMACs and activations are counted on
-the running nets; accuracies are the manifest's and the paper's; file and session memory are those of the newest
-tests/benchmarks/results/deploy-MACHINE-VERSIONS.csv (the folded net in ONNX Runtime, fp32), hence the name. It needs
-matplotlib. Exit code 0, or 1 and a line for each fault.
+the running nets; accuracies are the manifest's and the paper's; file and session memory are those of the
+tests/benchmarks/results/deploy-MACHINE-VERSIONS.csv of the newest versions (the folded net in ONNX Runtime, fp32),
+hence the name. It needs matplotlib. Exit code 0, or 1 and a line for each fault.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import catalog
 import folder
 from catalog import DATASETS, NETS
 from folder import Fault
+from packaging.version import Version
 
 ROOT = folder.HUB.parent
 README = ROOT / 'README.md'
@@ -38,11 +39,12 @@ def main():
         import matplotlib  # noqa: F401
     except ImportError as e:
         raise Fault('the picture needs matplotlib: pip install matplotlib') from e
-    deploys = sorted(DEPLOY.glob('deploy-*.csv'), key=lambda path: path.stat().st_mtime)
+    deploys = [*DEPLOY.glob('deploy-*.csv')]
     if not deploys:
         raise Fault(f'{DEPLOY} has no deploy-*.csv: run tests/benchmarks/deploy.py')
-    rows = measure(deploys[-1])
-    path = folder.HUB / deploys[-1].name.replace('deploy-', 'results-', 1)
+    deploy = newest(deploys)
+    rows = measure(deploy)
+    path = folder.HUB / deploy.name.replace('deploy-', 'results-', 1)
     text = put_table(README.read_text(encoding='utf-8'), models_table(rows))
     with path.open('w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
@@ -51,6 +53,15 @@ def main():
     README.write_text(text, encoding='utf-8')
     draw(rows)
     print('\n\n'.join(paper_tables(rows)))
+
+
+def newest(paths):
+    """The file of the newest versions, ONNX Runtime's first, as its name tells: a clone does not keep the times."""
+
+    def versions(path):
+        return [Version(version) for version in re.findall(r'-(?:ort|ov|torch)(\d[^-]*)', path.stem)], path.name
+
+    return max(paths, key=versions)
 
 
 def measure(deploy):
@@ -70,8 +81,7 @@ def measure(deploy):
         net, paper = paper_of(name)
         model = timm.create_model(name).eval()
         counts = folder.measure(model)
-        trained = [n for n in manifest if n.partition('.')[0] == name and manifest[n]['accuracy']]
-        best = max(trained, key=lambda n: manifest[n]['accuracy']['top1'], default=None)
+        best = find_best(name, manifest)
         accuracy = manifest[best]['accuracy'] if best else {'top1': '', 'top5': ''}
         rows.append(
             {
@@ -94,6 +104,16 @@ def measure(deploy):
             }
         )
     return rows
+
+
+def find_best(name, manifest):
+    """The most accurate weights of a net as the paper has it, None if there are none."""
+    trained = {
+        n: entry['accuracy']['top1']
+        for n, entry in manifest.items()
+        if n.partition('.')[0] == name and entry['accuracy'] and not catalog.other_args(name, entry['model_args'])
+    }
+    return max(trained, key=trained.get, default=None)
 
 
 def paper_of(name):
