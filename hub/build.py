@@ -288,10 +288,10 @@ def describe_args(config, options, arch):
     """
     import timm
 
+    from timm_sharesnet._rebuild import TRAIN_ARGS
     from timm_sharesnet._train_weights import resolve_in_chans
-    from timm_sharesnet.preflight import _MODEL_ARGS
 
-    names = {arg: option for arg, option in _MODEL_ARGS.items() if arg not in NO_MODEL_ARGS}
+    names = {arg: option for arg, option in TRAIN_ARGS.items() if arg not in NO_MODEL_ARGS}
 
     def option(arg):
         return names.get(arg, f'model_kwargs: {arg}') if options else f'model_args: {arg}'
