@@ -442,7 +442,7 @@ def read_folder(path, mode='RGB', class_map=''):
     """The data set that train.py and validate.py make of a folder of images: its names are sorted as numbers are."""
     from timm.data import create_dataset
 
-    return create_dataset('', root=str(path), search_split=False, class_map=class_map, input_img_mode=mode)
+    return folder.Images(create_dataset('', root=str(path), search_split=False, class_map=class_map).reader, mode)
 
 
 # Building

@@ -39,7 +39,8 @@ def run(main):
     try:
         main()
     except Fault as e:
-        faults = e.args
+        # Of a process that loads data it ends a traceback
+        faults = [str(fault).strip().rpartition('folder.Fault: ')[2] for fault in e.args]
     except KeyboardInterrupt:
         faults = ('interrupted',)
     except Exception as e:
@@ -191,6 +192,26 @@ def count_kernels(model):
     import torch
 
     return sum(isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) for module in model.modules())
+
+
+class Images:
+    """(image, label) pairs of a reader of timm's, whose own data set takes the next pair if an image cannot be read."""
+
+    def __init__(self, reader, mode):
+        self.reader, self.mode = reader, mode
+
+    def __len__(self):
+        return len(self.reader)
+
+    def __getitem__(self, i):
+        from PIL import Image
+
+        try:
+            file, label = self.reader[i]
+            with file:
+                return Image.open(file).convert(self.mode), label
+        except Exception as e:  # PIL raises many kinds at a damaged file
+            raise Fault(f'{self.reader.filename(i, absolute=True)} cannot be read: {one_line(e)}') from e
 
 
 def classify(model, images, workers=0, session=None):

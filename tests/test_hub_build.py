@@ -462,6 +462,22 @@ def test_images_of_other_classes_are_refused(build, project, tmp_path, monkeypat
     assert code == 1 and ('has 2 classes' in err[0] or 'does not have the classes of CIFAR-10: a, b, c' in err[0])
 
 
+@pytest.mark.parametrize('split', ['test', 'train'])
+def test_an_image_that_cannot_be_read_is_named_and_no_other_taken_for_it(
+    build, project, data, tmp_path, monkeypatch, capsys, split
+):
+    if split == 'train':
+        shutil.copytree(data / 'test', data / 'train')
+    path = sorted((data / split / 'cat').iterdir())[0]
+    path.write_bytes(path.read_bytes()[:200])
+    weights = save(tmp_path / 'x.pth', constant_model('sharesnet164_cifar', 3).state_dict())
+    before = snapshot(project)
+    argv = [weights, '--model', 'sharesnet164_cifar.test_c10', '--data-dir', data]
+    code, _, err = run(build, argv, monkeypatch, capsys)
+    assert code == 1 and len(err) == 1 and err[0].startswith(f'build.py: {path} cannot be read: ')
+    assert snapshot(project) == before
+
+
 def test_missing_matplotlib_is_told_before_anything_is_measured(build, project, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     monkeypatch.setattr(build, 'build', None)
