@@ -34,6 +34,9 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ['SharedStage', 'SharingBlock', 'split_runs', 'stage_rates']
 
+# torch 2.6 does not tell torch.export from torch.compile, whose result is the same either way
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+
 
 class SharingBlock(nn.Module):
     """Base of the residual blocks whose `conv2`, a stride-1 3x3, may be the stage's instead of their own.
@@ -89,7 +92,7 @@ class SharingBlock(nn.Module):
             if torch.jit.is_scripting():
                 stride, padding, dilation, groups = self.conv2_args
                 return F.conv2d(x, conv, self.conv2_bias, stride, padding, dilation, groups)
-            elif isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting():
+            elif isinstance(x, torch.fx.Proxy) or _is_exporting():
                 return self._traced(x, conv)
             elif self.conv2_bias is None:
                 return conv(x)
