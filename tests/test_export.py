@@ -106,6 +106,8 @@ def test_torchscript_keeps_stride_and_dilation_of_the_shared_convolution() -> No
 
 # ---- ONNX
 
+by_dynamo = pytest.mark.skipif(torch.__version__ < '2.7', reason="torch 2.6's dynamo exporter fails at a batch norm")
+
 
 def export_onnx(model: nn.Module, x: torch.Tensor, path: Path) -> Path:
     torch.onnx.export(model, (x,), str(path), dynamo=True, external_data=False, verbose=False)
@@ -122,6 +124,7 @@ def run_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
+@by_dynamo
 @slow_but_for('bottleneck')
 def test_onnx_stores_a_shared_convolution_once_and_computes_the_same(kind: str, tmp_path: Path) -> None:
     model = small(kind)
@@ -135,6 +138,7 @@ def test_onnx_stores_a_shared_convolution_once_and_computes_the_same(kind: str, 
     assert parameters * 0.98 < stored(path) < parameters * 1.02
 
 
+@by_dynamo
 @pytest.mark.parametrize('name', ['shawrn40_4', *(pytest.param(n, marks=slow) for n in SHARED if n != 'shawrn40_4')])
 def test_onnx_file_of_each_model_is_as_small_as_its_weights(name: str, tmp_path: Path) -> None:
     model = create(name)

@@ -28,6 +28,7 @@ import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterator, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Union
+from unittest import mock
 
 import timm
 import torch
@@ -114,17 +115,27 @@ def export_onnx(model: nn.Module, path: Union[str, Path], input_size: Tuple[int,
     """
     if half:
         model = _Half(model).eval()
-    program = torch.onnx.export(
-        model,
-        (torch.zeros(2, *input_size),),
-        dynamo=True,
-        verbose=False,
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        dynamic_shapes=({0: torch.export.Dim('batch')},),
-    )
-    assert program is not None
-    _save(program.model_proto, Path(path))
+    images = (torch.zeros(2, *input_size),)
+    names: Dict[str, Any] = {'input_names': [INPUT], 'output_names': [OUTPUT]}
+    if torch.__version__ < '2.7':  # with dynamo it fails at a batch norm
+        proto = _export_by_tracing(model, images, path, names)
+    else:
+        dynamic_shapes = ({0: torch.export.Dim('batch')},)
+        program = torch.onnx.export(model, images, dynamo=True, verbose=False, dynamic_shapes=dynamic_shapes, **names)
+        assert program is not None
+        proto = program.model_proto
+    _save(proto, Path(path))
+
+
+def _export_by_tracing(model: nn.Module, images: Any, path: Union[str, Path], names: Dict[str, Any]) -> Any:
+    """Export as torch did before dynamo, which folds all batch norms. `fold` leaves none after a shared kernel."""
+    import onnx
+
+    axes = {name: {0: 'batch'} for name in (INPUT, OUTPUT)}
+    # Equal kernels stay apart, as with dynamo: a shared one is a single tensor anyway, and an unshared net has copies
+    with mock.patch.object(torch._C, '_jit_pass_onnx_deduplicate_initializers', lambda graph, params, _: params):
+        torch.onnx.export(model, images, path, dynamo=False, dynamic_axes=axes, **names)
+    return onnx.load(path)
 
 
 class _Half(nn.Module):
