@@ -61,6 +61,7 @@ def _fully_shard(model: nn.Module, unit: type) -> nn.Module:
 WRAPPERS: Dict[str, Callable[[nn.Module], nn.Module]] = {
     f.__name__: f for f in (ddp, ddp_checkpointing, ddp_compiled, fsdp_blocks, fsdp_stages, fsdp_blocks_checkpointing)
 }
+FSDP_NEEDS_A_GPU = torch.__version__ < '2.7'  # it records events of a stream, which a CPU's has not
 
 
 def gradients(kind: str, half: int, wrap: Callable[[nn.Module], nn.Module] = lambda model: model) -> Any:
@@ -77,6 +78,8 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
     for kind in [*SMALL, *RUNS]:
         for name, wrap in WRAPPERS.items():
+            if name.startswith('fsdp') and FSDP_NEEDS_A_GPU:
+                continue
             torch.save(gradients(kind, rank, wrap), f'{folder}/{kind}-{name}-{rank}.pt')
     dist.destroy_process_group()
 
@@ -97,6 +100,8 @@ def averaged_gradients(kind: str) -> Dict[str, torch.Tensor]:
 @pytest.mark.parametrize('wrapper', WRAPPERS)
 @pytest.mark.parametrize('kind', [*SMALL, *RUNS])
 def test_both_ranks_have_the_gradients_of_one_process(kind: str, wrapper: str, results: Path) -> None:
+    if wrapper.startswith('fsdp') and FSDP_NEEDS_A_GPU:
+        pytest.skip('FSDP2 of torch 2.6 does not run on a CPU')
     for rank in 0, 1:
         found = torch.load(results / f'{kind}-{wrapper}-{rank}.pt')
         torch.testing.assert_close(found, averaged_gradients(kind), rtol=1e-9, atol=1e-12)

@@ -276,7 +276,7 @@ def test_refuses_wrong_options(folder, capsys, options, message):
         ('--sched foo', 'sched: foo '),
         ('--sched plateau --sched-on-updates', 'sched_on_updates: plateau steps by epoch only.'),
         ('--sched multistep --decay-milestones 5 3', 'decay_milestones: must be increasing, not [5, 3].'),
-        ('--torchcompile foo', "torchcompile, torchcompile_mode: InvalidBackend: Invalid backend: 'foo'."),
+        ('--torchcompile foo', "torchcompile, torchcompile_mode: InvalidBackend: Invalid backend: 'foo'"),
         ('--torchcompile --torchcompile-mode foo', 'torchcompile, torchcompile_mode: RuntimeError: Unrecognized mode'),
         ('--gp foo', 'model: resnet92_cifar cannot be built: AssertionError: Invalid pool type: foo'),
         ('--input-img-mode foo', "input_img_mode: PIL has no mode 'foo'."),

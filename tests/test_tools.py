@@ -390,7 +390,8 @@ def quantized_pt2e(quantizer: Callable, model: nn.Module, x: torch.Tensor) -> Tu
 
 
 PT2E = {name: functools.partial(quantized_pt2e, quantizer) for name, quantizer in [('xnnpack', xnnpack), ('x86', x86)]}
-quantizers = pytest.mark.parametrize('quantizer', PT2E)
+refused = pytest.mark.skipif(torch.__version__ < '2.7', reason='X86Inductor refuses kernels used twice on torch 2.6')
+quantizers = pytest.mark.parametrize('quantizer', ['xnnpack', pytest.param('x86', marks=refused)])
 
 
 @pytest.fixture
