@@ -8,8 +8,9 @@
 
 Without names it takes all folders that have their weights. A repository is made private, gets its files in one commit,
 is verified and only then made public. What is already there is not sent again, and what should not be there is deleted
-in the same commit. The token is huggingface_hub's: `hf auth login`, HF_TOKEN or a Trusted Publisher (HF_OIDC_RESOURCE,
-from huggingface-hub 1.19). Here nothing is written but weights.json, with --pin. Exit code 0, or 1 and a line a fault.
+in the same commit. --push needs huggingface-hub 1.1. The token is huggingface_hub's: `hf auth login`, HF_TOKEN or a
+Trusted Publisher (HF_OIDC_RESOURCE, from huggingface-hub 1.19). Here nothing is written but weights.json, with --pin.
+Exit code 0, or 1 and a line a fault.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, logging
 from packaging.version import Version
 
-TRUSTED_PUBLISHERS = '1.19'  # the first huggingface-hub that knows them
+CHECKSUMS = '1.1'  # the first huggingface-hub that compares them
+TRUSTED_PUBLISHERS = '1.19'  # the first that knows them
 PINNED_ENDPOINT = 'https://huggingface.co'  # the only one whose commits the package may name
 GITATTRIBUTES = '.gitattributes'  # the Hub's own, in every new repository
 
@@ -49,6 +51,7 @@ def main():
     shelf = catalog.open_shelf(args.output)
     namespace = catalog.choose_namespace(args.namespace, shelf)
     if args.push:
+        require_hub(CHECKSUMS, '--push')
         folder.require_onnx()  # `check` needs it
     if args.pin:
         refuse_pin(args.push, shelf, namespace, constants.ENDPOINT)
@@ -144,14 +147,19 @@ def show(release, namespace):
 # With the Hub
 
 
+def require_hub(version, what):
+    """Raise if the installed huggingface-hub is older."""
+    found = huggingface_hub.__version__
+    if Version(found) < Version(version):
+        raise Fault(
+            f"{what} needs huggingface-hub {version}, found {found}: pip install -U 'huggingface-hub>={version}'"
+        )
+
+
 def log_in(namespace):
     """The Hub with the user's token, if it may write to the namespace as far as can be known beforehand."""
-    version = huggingface_hub.__version__
-    if os.environ.get('HF_OIDC_RESOURCE') and Version(version) < Version(TRUSTED_PUBLISHERS):
-        raise Fault(
-            f'a Trusted Publisher (HF_OIDC_RESOURCE) needs huggingface-hub {TRUSTED_PUBLISHERS}, found {version}: '
-            "pip install -U 'huggingface-hub>=1.19'"
-        )
+    if os.environ.get('HF_OIDC_RESOURCE'):
+        require_hub(TRUSTED_PUBLISHERS, 'a Trusted Publisher (HF_OIDC_RESOURCE)')
     with step('reading the token'):
         token = get_token()
     if not token:

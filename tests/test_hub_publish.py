@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import huggingface_hub
 import models
 import pytest
 import timm
@@ -22,6 +23,7 @@ import yaml
 from hub_project import NAME, ROOT, copy_project, edit, flip_last_byte, save, snapshot, use, use_any_onnx
 from hub_project import run as run_imported
 from hub_server import Blob, Commit, Failure, HubServer, Token
+from packaging.version import Version
 from PIL import Image
 
 REPO = f'timm-sharesnet/{NAME}'
@@ -107,6 +109,8 @@ def run(worker, project):
     """
 
     def run(*argv, script='hub/publish.py', token='hf_write', env=None, started=None, cwd=project, loaded=False):
+        if '--push' in argv and Version(huggingface_hub.__version__) < Version('1.1'):
+            pytest.skip('publishing needs huggingface-hub 1.1')
         out, err = cwd / 'out.txt', cwd / 'err.txt'
         env = {**(env or {}), **({'HF_TOKEN': token} if token else {})}
         job = {'argv': [str(project / script), *argv], 'cwd': str(cwd), 'out': str(out), 'err': str(err), 'env': env}
@@ -272,6 +276,18 @@ def test_token_is_read_from_the_file_of_hf_auth_login(run, hub, environment):
 def test_trusted_publisher_that_gets_no_token_is_told(run, hub):
     code, _, err = run(NAME, '--push', env={'HF_OIDC_RESOURCE': REPO})
     assert code == 1 and len(err) == 1 and 'reading the token: ' in err[0] and not hub.requests
+
+
+def test_push_needs_a_newer_huggingface_hub(project, monkeypatch, capsys):
+    use(project, monkeypatch)
+    import publish
+
+    monkeypatch.setattr('huggingface_hub.__version__', '0.36.2')
+    code, _, err = run_imported(publish, [NAME, '--push'], monkeypatch, capsys)
+    assert code == 1
+    assert err == [
+        "publish.py: --push needs huggingface-hub 1.1, found 0.36.2: pip install -U 'huggingface-hub>=1.1'",
+    ]
 
 
 def test_trusted_publisher_needs_a_newer_huggingface_hub(monkeypatch):

@@ -191,8 +191,9 @@ def _repository() -> str:
 def _fetch(repo: str, entry: Dict[str, Any], cache_dir: Optional[Union[str, Path]]) -> Path:
     """The file at the pinned commit, from the cache without any request, else from the Hub.
 
-    The Hub, or its mirror, is asked once, without huggingface_hub's retries, before anything is downloaded: its answer
-    already tells whether the network is there and whether the file can be the published one.
+    The Hub, or its mirror, is asked once, without huggingface_hub's retries (but for those of 0.35 and 0.36), before
+    anything is downloaded: its answer already tells whether the network is there and whether the file can be the
+    published one.
     """
     location = dict(repo_id=repo, filename=_FILENAME, revision=entry['revision'])
     try:
@@ -203,7 +204,7 @@ def _fetch(repo: str, entry: Dict[str, Any], cache_dir: Optional[Union[str, Path
         found = get_hf_file_metadata(hf_hub_url(**location), timeout=_TIMEOUT)
         if found.size in (None, entry['size']):
             return Path(hf_hub_download(**location, cache_dir=cache_dir, library_name='timm-sharesnet'))
-    except Exception as e:  # huggingface_hub 1 and 2 raise the errors of different HTTP libraries
+    except Exception as e:  # huggingface_hub 0, 1 and 2 raise the errors of different HTTP libraries
         reason = next(iter(str(e).strip().splitlines()), '')
         raise RuntimeError(
             f'{_FILENAME} of {repo} (commit {entry["revision"]}) is not in the cache and could not be fetched: '
