@@ -14,6 +14,7 @@ from additions import ADDITIONS, add
 from models import SHALLOW, SMALL, VARIANTS, create, error, images, small, unshared, uses
 from safetensors.torch import load_file, save_file
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
 from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -437,17 +438,102 @@ def test_norm_layer_of_another_kind_stays(name: str) -> None:
     assert torch.equal(folded(x), model(x))
 
 
+def assert_equal_features(folded: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
+    found, expected = folded(x), model(x)
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        found, expected = found.values(), expected.values()
+    assert max(map(error, found, expected)) <= 1e-12
+
+
 @kinds
-@pytest.mark.parametrize('feature_cls', ['list', 'getter'])
+@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter'])
 def test_features_only_net_folds(kind: str, feature_cls: str) -> None:
     name, kwargs = SMALL[kind]
     kwargs = {k: v for k, v in kwargs.items() if k != 'num_classes'}
     model = create(name, features_only=True, feature_cls=feature_cls, **kwargs).double()
     folded = fold(model)
     assert len(norms(folded)) < len(norms(model))
-    assert {name.rpartition('.')[2] for name in norms(folded)} <= set(KEPT[kind])
-    x = torch.randn(2, 3, 64, 64, dtype=torch.double)
-    assert max(map(error, folded(x), model(x))) <= 1e-12
+    assert {name.rpartition('.')[2] for name in norms(folded)} <= {*KEPT[kind], 'norm'}
+    assert_equal_features(folded, model, torch.randn(2, 3, 64, 64, dtype=torch.double))
+
+
+@pytest.mark.parametrize('stem_type', ['', 'deep'])
+@pytest.mark.parametrize('flatten', [False, True])
+@pytest.mark.parametrize('wrapper', [FeatureListNet, FeatureDictNet, FeatureHookNet])
+def test_every_batch_norm_of_a_net_that_timm_takes_apart_folds(wrapper: Any, flatten: bool, stem_type: str) -> None:
+    model = wrapper(create('sharesnet50', stem_type=stem_type, **SHALLOW), flatten_sequential=flatten).double().eval()
+    folded = fold(model)
+    assert norms(model) and not norms(folded)
+    assert_equal_features(folded, model, torch.randn(2, 3, 64, 64, dtype=torch.double))
+
+
+def test_net_that_is_there_whole_and_taken_apart_folds_once() -> None:
+    whole = create('resnet26d')
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole, self.parts = whole, FeatureListNet(whole)
+
+        def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+            return [self.whole(x), *self.parts(x)]
+
+    model = Both().double().eval()
+    folded = fold(model)
+    assert norms(model) and not norms(folded)
+    assert_equal_features(folded, model, torch.randn(1, 3, 64, 64, dtype=torch.double))
+
+
+class NormFirst(nn.Module):
+    """A net with layers called as a ResNet's stem, in another order."""
+
+    feature_info = [dict(num_chs=4, reduction=1, module='conv1'), dict(num_chs=8, reduction=1, module='conv2')]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(3)
+        self.conv1, self.bn2 = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 8, 3)
+
+
+OTHERS: Dict[str, Callable[[], nn.Module]] = {
+    'no conv1': lambda: timm.create_model('ghostnet_050', features_only=True),
+    'bn1 before conv1': lambda: FeatureListNet(NormFirst(), out_indices=(1,)),
+    'a feature between conv1 and bn2': lambda: FeatureListNet(NormFirst(), out_indices=(0, 1)),
+    'a hook between conv1 and bn2': lambda: FeatureHookNet(NormFirst(), out_indices=(0, 1), no_rewrite=False),
+}
+
+
+@pytest.mark.parametrize('other', OTHERS)
+def test_net_of_another_kind_in_the_same_model_computes_the_same(other: str) -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other, self.net = OTHERS[other](), small('bottleneck')
+
+        def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+            return [*self.other(x), self.net(x)]
+
+    model = Pair().double().eval()
+    with torch.no_grad():
+        for m in model.other.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                for t in m.weight, m.bias, m.running_mean, m.running_var:
+                    t.uniform_(0.5, 1.5)
+    folded = fold(model)
+    assert not norms(folded.net)
+    assert_equal_features(folded, model, torch.randn(2, 3, 64, 64, dtype=torch.double))
+
+
+@kinds
+def test_net_taken_apart_into_a_graph_is_refused(kind: str) -> None:
+    """Its blocks are not there any more."""
+    name, kwargs = SMALL[kind]
+    kwargs = {k: v for k, v in kwargs.items() if k != 'num_classes'}
+    model = create(name, features_only=True, feature_cls='fx', **kwargs)
+    with pytest.raises(TypeError, match='FeatureGraphNet has no stage of timm_sharesnet'):
+        fold(model)
 
 
 @kinds

@@ -1,12 +1,13 @@
 """The net as it is deployed: without batch norms where they can go, and with each shared kernel once."""
 
 import itertools
+from collections import OrderedDict
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from timm.layers import DropBlock2d, DropPath
-from timm.models import FeatureListNet
+from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
 from timm.models.resnet import ResNet
 from timm.utils import reparameterize_model
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -20,6 +21,7 @@ MAX_SHIFT = 1e3
 leaves room for what the convolution adds, and a scale that moves is at least a thousandth of its shift."""
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+_TAKEN_APART = (FeatureDictNet, FeatureHookNet, FeatureListNet)  # by timm for features: their layers run in order
 _NOTHING = (nn.Identity, nn.Dropout, DropPath, DropBlock2d)  # in evaluation
 
 
@@ -82,8 +84,12 @@ def fold(model: nn.Module) -> nn.Module:
     if isinstance(model, SharedStage):  # it calls children only
         model.reparameterize()
     for m in model.modules():
-        if isinstance(m, (ResNet, FeatureListNet)) and 'bn1' in m._modules:
-            _fold_stem(m)
+        if isinstance(m, ResNet):
+            _fold_stem(m, 'conv1', 'bn1')
+        elif type(m) in _TAKEN_APART:
+            for conv_name, norm_name in itertools.pairwise(m._modules):
+                if conv_name not in getattr(m, 'return_layers', ()):  # there a feature is taken before the norm
+                    _fold_stem(m, conv_name, norm_name)
         elif _is_plain_block(m):  # the stages did theirs
             _fold_block(m, None)
     _fold_sequentials(model)
@@ -209,11 +215,15 @@ def _fold_sequentials(model: nn.Module) -> None:
                 _fold_pair(m, conv_name, m, norm_name)
 
 
-def _fold_stem(net: nn.Module) -> None:
-    if type(net.conv1) is nn.Sequential:  # a deep stem: its last convolution
-        _fold_pair(net.conv1, list(net.conv1._modules)[-1], net, 'bn1')
+def _fold_stem(net: nn.Module, conv_name: str, norm_name: str) -> None:
+    """Fold a batch norm into the layer before it, of a deep stem into the last convolution."""
+    stem = getattr(net, conv_name)
+    if type(stem) is nn.Sequential and len(stem) and not has_hooks(stem):
+        stem = nn.Sequential(OrderedDict(stem._modules)).eval()  # the old one may be another net's, too
+        _fold_pair(stem, list(stem._modules)[-1], net, norm_name)
+        setattr(net, conv_name, stem)
     else:
-        _fold_pair(net, 'conv1', net, 'bn1')
+        _fold_pair(net, conv_name, net, norm_name)
 
 
 def _scale_and_shift(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
