@@ -624,7 +624,8 @@ def test_weights_are_not_those_of_a_net_that_computes_something_else(folder, cap
     )
     change(model_kwargs=kwargs)
     kwargs_option = ['--model-kwargs', 'layers=(2,2,6)', *options]
-    for way in ['--initial-checkpoint'], ['--pretrained', '--pretrained-path']:
+    ways = [['--initial-checkpoint'], ['--pretrained', '--pretrained-path']]
+    for way in ways if 'act_layer' in saved else ways[:1]:  # a new classifier may come with another pooling
         message = refused(capsys, *way, 'run/model.safetensors', *kwargs_option)
         assert message.startswith(
             f'{way[-1][2:].replace("-", "_")}: run/model.safetensors has the weights of a net that'

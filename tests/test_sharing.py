@@ -309,6 +309,11 @@ def test_last_1x1_before_another_norm_stays_and_the_report_says_so() -> None:
     shared = share(model, 1.0, 'mean', [torch.randn(8, 3, 64, 64)])
     assert torch.equal(shared.layer2[2].conv3.weight, model.layer2[2].conv3.weight)
     assert 'layer2: the last 1x1 is not refitted' in str(shared.share_report)
+    frozen = freeze_batch_norm_2d(create('resnet34', **NARROW))
+    report = str(share(frozen, 1.0, 'mean', [torch.randn(8, 3, 64, 64)]).share_report)
+    assert 'layer2: the last batch norm is not refitted' in report
+    wide = share(create('wrn40_4', layers=(3, 3, 3), widen_factor=1), 1.0, 'mean', [torch.randn(8, 3, 32, 32)])
+    assert 'not refitted' not in str(wide.share_report)  # after its 3x3 there is nothing to fit
 
 
 def test_controls_keep_the_kernel_and_groups_its_mean() -> None:
@@ -552,8 +557,14 @@ def test_saved_runs_are_not_replaced_by_others_of_the_same_names(tmp_path: Path)
     name = f'local-dir:{tmp_path}'
     loaded = timm.create_model(name, pretrained=True, share_rate=(0, 1, [[3, 1], [2, 4, 5]])).eval()
     assert torch.equal(loaded(images(model)), shared(images(model)))
-    with pytest.raises(RuntimeError, match='those of share_rate=.* leave share_rate out'):
+    with pytest.raises(RuntimeError, match='other blocks share than with the share_rate that was given'):
         timm.create_model(name, pretrained=True, share_rate=(0, 0, RUNS[1]))
+    kwargs: Dict[str, Any] = dict(pretrained=True, layers=(1, 1, 6))
+    kwargs['pretrained_cfg_overlay'] = dict(file=f'{tmp_path}/model.safetensors')
+    loaded = timm.create_model('sharesnet164_cifar', share_rate=(0, 0, RUNS[0]), **kwargs).eval()
+    assert torch.equal(loaded(images(model)), shared(images(model)))
+    with pytest.raises(RuntimeError, match=r"conv.2': \[2, 4, 5\].* given .*'conv.2': \[2, 3\]"):
+        timm.create_model('sharesnet164_cifar', share_rate=(0, 0, RUNS[1]), **kwargs)
     assert timm.create_model(name, share_rate=(0, 0, RUNS[1])).layer3.runs()['conv.1'] == [1, 4, 5]
 
 

@@ -277,6 +277,15 @@ def can_fit(block: Any) -> bool:
     return is_plain(block.conv3) if 'conv3' in block.branch else bool(norms)
 
 
+def why_not_fitted(block: Any) -> str:
+    """What to say of a block of which nothing is fitted though there is something to fit. Empty if that is not so."""
+    if can_fit(block) or 'conv3' not in block.branch and not _after(block):
+        return ''
+    if 'conv3' in block.branch:
+        return 'the last 1x1 is not refitted, as it is not followed by a BatchNorm2d'
+    return 'the last batch norm is not refitted, as it is no BatchNorm2d with weights and statistics'
+
+
 def _samples(place: _Place, pairs: Sequence[Pair], name: str) -> Iterator[Pair]:
     """The inputs (C_in, N) of a layer, and what the branch's last batch norm (or else convolution) should give
     (C_out, N), a batch each."""

@@ -7,6 +7,7 @@ on the Hub. A user's own sources (`file=`, `url=`, `local-dir:`, `hf-hub:` at an
 it. All must hold exactly the tensors of the model (`checkpoint_filter_fn`).
 """
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -73,26 +74,33 @@ def create(model_cls: Type[nn.Module], variant: str, pretrained: bool = False, *
     return model
 
 
-def _check_runs(model: nn.Module, variant: str, saved: Dict[str, Any]) -> None:
+def _check_runs(model: Any, variant: str, saved: Dict[str, Any]) -> None:
     """Refuse another share_rate than the one that weights were saved with, if their names do not tell.
 
     Args:
         model: Model with the weights.
         variant: Architecture name.
-        saved: The arguments that are saved beside the weights (from timm 1.0.29 on).
+        saved: The arguments that are saved beside the weights of `local-dir:` and `hf-hub:` (from timm 1.0.29 on).
     """
-    if 'share_rate' not in saved:
-        return
-    from timm.models import create_model
+    from ._rebuild import saved_net  # late, as it needs timm.models
 
-    runs = [
-        [m.runs() for m in net.modules() if isinstance(m, SharedStage)]
-        for net in (model, create_model(variant, **saved, device='meta'))
-    ]
+    expected: Any = None
+    file = model.pretrained_cfg.get('file')
+    if 'share_rate' in saved:
+        from timm.models import create_model
+
+        expected = create_model(variant, **saved, device='meta')
+    elif file and model.pretrained_cfg.get('source') != 'local-dir':
+        with contextlib.suppress(Exception):  # whatever a constructor raises at what it does not take
+            expected = (saved_net(file) or [None, None])[1]
+    if expected is None:
+        return
+    runs = [[m.runs() for m in net.modules() if isinstance(m, SharedStage)] for net in (model, expected)]
     if runs[0] != runs[1]:
         raise RuntimeError(
-            f'The weights are those of share_rate={saved["share_rate"]}, with which other blocks share than with the '
-            f'share_rate that was given, though the tensors have the same names: leave share_rate out.'
+            f'The weights are those of a net in which other blocks share than with the share_rate that was given, '
+            f'though the tensors have the same names: {runs[1]}, given {runs[0]}. Pass the share_rate of the config '
+            f'beside the weights, or load the folder by local-dir: without one.'
         )
 
 

@@ -77,11 +77,12 @@ def difference(model: nn.Module, expected: nn.Module, ignored: Iterable[str] = (
     Args:
         model: A net.
         expected: What it should be.
-        ignored: Names of layers that need not be alike.
+        ignored: Names of layers that need not be alike, nor what they consist of.
     """
     found, wanted = _layers(model), _layers(expected)
+    ignored = tuple(f'{name}.' for name in ignored)
     for name in {**wanted, **found}:
-        if name not in ignored and found.get(name) != wanted.get(name):
+        if not f'{name}.'.startswith(ignored) and found.get(name) != wanted.get(name):
             return f'{name or "the net"} is {found.get(name, "missing")} in place of {wanted.get(name, "none")}'
     return ''
 
@@ -141,7 +142,7 @@ def other_net(weights: Union[str, Path], model: Any, ignored: Iterable[str] = ()
     Args:
         weights: File of weights.
         model: The model that they are for.
-        ignored: Names of layers that need not be alike.
+        ignored: Names of layers that need not be alike, nor what they consist of.
     """
     try:
         saved = saved_net(weights)

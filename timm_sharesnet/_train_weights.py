@@ -95,7 +95,8 @@ def check_pretrained(args: argparse.Namespace, model: Any) -> str:
     if not path:
         return f'of {name}: load'
     classifier = _classifier(model)
-    other = other_net(path, model, ignored=[*classifier, model.pretrained_cfg.get('first_conv')])
+    # train.py makes a new classifier, and timm adapts the first convolution
+    other = other_net(path, model, ignored=['global_pool', *classifier, model.pretrained_cfg.get('first_conv')])
     if other:
         raise PreflightError(f'pretrained_path: {path} {other}.')
     expected = [k for k in model.state_dict() if k.rpartition('.')[0] not in classifier]

@@ -34,7 +34,7 @@ from timm.models import create_model, is_model, save_for_hf
 from timm.models.resnet import ResNet
 from timm.utils import ParseKwargs
 
-from ._calibrate import Fit, calibrate, can_fit
+from ._calibrate import Fit, calibrate, why_not_fitted
 from ._cli import one_line
 from ._pretrained import drop_repeated_args
 from ._rebuild import build, difference, model_args, train_options
@@ -154,8 +154,8 @@ def share(
                 merge, fit = _merge(stage, name, run, kernels, init, notes)
                 merges.append(merge)
                 fits.append(fit)
-                if images is not None and refit and 'conv3' in stage[run[0]].branch and not can_fit(stage[run[0]]):
-                    notes.append(f'{name}: the last 1x1 is not refitted, as it is not followed by a BatchNorm2d')
+                if images is not None and refit and why_not_fitted(stage[run[0]]):
+                    notes.append(f'{name}: {why_not_fitted(stage[run[0]])}')
         if images is not None:
             calibrate(shared, model, runs, fits if refit else [], images, progress)
             frozen = sum(type(m).__name__.startswith('FrozenBatchNorm') for m in shared.modules())
