@@ -774,6 +774,9 @@ def test_what_is_no_plain_net_is_refused() -> None:
     broken.layer3[1].bn2.bias.data[3] = float('nan')
     with pytest.raises(ValueError, match='layer3.1.bn2.bias has values that are not finite'):
         share(broken)
+    nn.init.constant_(broken.layer3[1].bn2.bias, 1e30)
+    with pytest.raises(ValueError, match='got values that are not finite: those of the model or the images are too'):
+        share(broken, images=[torch.randn(8, 3, 64, 64)])
     prune.random_unstructured(model.layer2[1].conv2, 'weight', 0.5)
     with pytest.raises(ValueError, match='layer2.1.conv2 is no plain convolution'):
         share(model)

@@ -133,11 +133,11 @@ def share(
     if init not in INITS:
         raise ValueError(f'init must be one of {", ".join(INITS)}, got {init!r}.')
     blocks = {name: list(stage) for name, stage in _plain_stages(model).items()}
-    for name, tensor in model.state_dict().items():
-        if tensor.is_meta:
-            raise ValueError('The model is on the meta device and has no values to share: load its weights first.')
-        if not tensor.isfinite().all():
-            raise ValueError(f'{name} has values that are not finite, nothing can be made of them.')
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError('The model is on the meta device and has no values to share: load its weights first.')
+    infinite = _not_finite(model)
+    if infinite:
+        raise ValueError(f'{infinite} has values that are not finite, nothing can be made of them.')
     shared = copy.deepcopy(model)
     synchronised = [m for m in shared.modules() if type(m) is nn.SyncBatchNorm]
     for m in synchronised:  # each process has all images
@@ -163,11 +163,19 @@ def share(
                 notes.append(f'{frozen} batch norms are frozen and keep their statistics, which may not fit')
         elif merges:
             notes.append('no images were given: the statistics of batch norms do not fit, and nothing is refitted')
+    infinite = _not_finite(shared)
+    if infinite:
+        raise ValueError(f'{infinite} got values that are not finite: those of the model or the images are too large.')
     for m in synchronised:
         m.__class__ = nn.SyncBatchNorm
     notes.append(_name_shared(shared, rate))
     shared.share_report = Report(tuple(merges), tuple(filter(None, dict.fromkeys(notes))))
     return shared
+
+
+def _not_finite(model: nn.Module) -> str:
+    """The first tensor with values that are not finite. Empty if there is none."""
+    return next((name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()), '')
 
 
 def _name_shared(model: nn.Module, rate: ShareRate) -> str:
