@@ -1,10 +1,13 @@
 """The models are there after `import timm` alone. Each case runs in an interpreter of its own."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import timm
 
 SWITCHES = ('TIMM_SHARESNET_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD')
 slow = pytest.mark.slow  # a process each
@@ -112,6 +115,65 @@ import inspect, timm.models
 print(type(timm.models.__loader__).__name__, 'create_model' in inspect.getsource(timm.models))
 """
     assert run(code)[0] == 'SourceFileLoader True'
+
+
+SINGLETON = """
+class Singleton:
+    loaders = {}
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'timm':
+            spec = PathFinder.find_spec(name, path, target)
+            self.loaders[name], spec.loader = spec.loader, self
+            return spec
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        self.loaders[module.__name__].exec_module(module)
+sys.meta_path.insert(0, Singleton())
+"""
+LAZY = """
+class Lazy:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'timm.models':
+            spec = PathFinder.find_spec(name, path, target)
+            spec.loader = LazyLoader(spec.loader)
+            return spec
+sys.meta_path.insert(0, Lazy())
+"""
+
+
+@pytest.mark.parametrize(
+    'loader',
+    ['sys.path.insert(0, sys.argv[1])', SINGLETON, LAZY],
+    ids=['zip file', 'finder that loads all of timm itself', 'lazy loader'],
+)
+def test_loader_of_timm_is_used_and_left_as_it_was(loader, tmp_path):
+    shutil.make_archive(tmp_path / 'timm', 'zip', Path(timm.__file__).parents[1], 'timm')
+    code = f"""
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import LazyLoader
+sys.argv = ['', {str(tmp_path / 'timm.zip')!r}]
+{loader}
+import timm.models
+loader = timm.models.__loader__
+assert loader is timm.models.__spec__.loader and 'timm_sharesnet' not in type(loader).__module__
+assert 'exec_module' not in vars(loader)
+{CREATE}
+"""
+    out, err = run(code)
+    assert out == 'ShaResNet' and 'Warning' not in err
+
+
+def test_finder_that_asks_ours_gets_what_the_loader_of_timm_offers():
+    code = """
+import os, sys, torch
+from importlib.machinery import PathFinder
+folders = PathFinder.find_spec('timm').submodule_search_locations
+finder = next(f for f in sys.meta_path if type(f).__module__ == 'timm_sharesnet._autoload')
+print('def ' in finder.find_spec('timm.models', folders).loader.get_source('timm.models'), 'timm' in sys.modules)
+"""
+    assert run(code)[0] == 'False False'
 
 
 FORGET = 'for name in [name for name in sys.modules if name.split(".")[0] == {!r}]: del sys.modules[name]\n'

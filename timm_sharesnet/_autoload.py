@@ -76,6 +76,29 @@ def _warn(message):
         print(f'RuntimeWarning: {message}', file=sys.stderr)
 
 
+class _Loader:
+    """Loads a module as its own loader does, and registers the models once its code has run.
+
+    It is no patch of that loader, which may be that of other modules, too, as of all in a folder of a zip file.
+    """
+
+    def __init__(self, spec):
+        self.spec, self.loader = spec, spec.loader
+
+    def __getattr__(self, name):  # for who looks a module up without importing it
+        return getattr(self.loader, name)
+
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):
+        self.spec.loader = self.loader  # nothing of ours stays
+        if getattr(module, '__loader__', None) is self:
+            module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        _register()
+
+
 class _Finder:
     """Finds `timm.models` as usual, and registers the models once its code has run."""
 
@@ -96,15 +119,8 @@ class _Finder:
             spec = self._find_spec(fullname, path, target)
         finally:
             self.finding = False
-        if not hasattr(getattr(spec, 'loader', None), 'exec_module'):  # not found, or a folder that is not timm's
-            return spec
-        exec_module = spec.loader.exec_module
-
-        def exec_module_and_register(module):
-            exec_module(module)
-            _register()
-
-        spec.loader.exec_module = exec_module_and_register
+        if hasattr(getattr(spec, 'loader', None), 'exec_module'):  # found, and no folder that is not timm's
+            spec.loader = _Loader(spec)
         return spec
 
     def _find_spec(self, fullname, path, target):
