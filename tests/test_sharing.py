@@ -406,7 +406,9 @@ def test_images_are_taken_in_any_precision() -> None:
     assert error(share(model, images=[x])(x.double()), share(model, images=[x.double()])(x.double())) == 0
 
 
-@pytest.mark.parametrize('init', ['align', 'mean', 'first', 'random'])
+@pytest.mark.parametrize(
+    'init', ['align', *(pytest.param(init, marks=pytest.mark.slow) for init in ('mean', 'first', 'random'))]
+)
 @pytest.mark.parametrize('fault', ['inputs of zero', 'kernels of zero', 'one kernel of zero', 'all of zero'])
 @pytest.mark.parametrize('name, kwargs', [PLAIN[i] for i in (1, 2, 13, 14)])
 def test_channels_that_are_dead_stay_finite(name: str, kwargs: Dict[str, Any], fault: str, init: str) -> None:
