@@ -24,9 +24,9 @@ from torch.nn.utils import prune
 from timm_sharesnet import CifarResNetV2, PreActWideBasic, SharedStage, ShaResNet, fold, share, unshare
 from timm_sharesnet._calibrate import Fit, calibrate
 from timm_sharesnet._pretrained import drop_repeated_args
-from timm_sharesnet._rebuild import train_options
+from timm_sharesnet._rebuild import train_options, unlike_its_name
 from timm_sharesnet.preflight import build_model, train_parser
-from timm_sharesnet.share import _permute, main, unlike_its_name
+from timm_sharesnet.share import _permute, main
 from timm_sharesnet.stage import as_python, split_runs
 
 NARROW = dict(layers=(2, 3, 4, 1), channels=(16, 24, 32, 40), num_classes=10)
@@ -718,6 +718,17 @@ def test_unshared_a_net_of_any_base_is_that_base(tmp_path: Path, base: str) -> N
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert not stages(loaded) or all(stage.conv is None for stage in stages(loaded))
     assert torch.equal(loaded(images(model)), plain(images(model)))
+
+
+def test_a_new_classifier_is_saved_with_the_net(tmp_path: Path) -> None:
+    model = create('resnet164_cifar')
+    model.reset_classifier(7)
+    shared = share(model, 0.5, init='mean')
+    assert 'does not build it again' not in str(shared.share_report)
+    save_for_hf(shared, str(tmp_path), model_args=shared._model_args, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert torch.equal(loaded(images(model)), shared(images(model)))
+    assert '--num-classes 7' in shlex.join(train_options(shared))
 
 
 def test_a_base_with_a_tag_makes_a_net_that_is_shared_again_and_loads(tmp_path: Path) -> None:

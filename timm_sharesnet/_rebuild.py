@@ -36,21 +36,33 @@ TRAIN_ARGS = {
 }
 _NO_ARGS = 'pretrained', 'checkpoint_path', 'scriptable'  # of a net
 _DATA_OPTIONS = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct'
+_RECORDS = hasattr(timm.models, 'get_model_args')  # whether timm records the arguments of create_model
 _NOTHING = (nn.Identity, nn.Dropout, DropPath, DropBlock2d)  # in evaluation
 
 
 def record_args(model: Any, name: str, kwargs: Dict[str, Any]) -> None:
     """Record the arguments that `timm.create_model` built a model by, where timm does not (1.0.28)."""
-    if not hasattr(timm.models, 'get_model_args'):
+    if not _RECORDS:
         source, folder = parse_model_name(name)
         load = load_model_config_from_path if source == 'local-dir' else load_model_config_from_hf
         saved = load(folder)[2] if source else {}
         model._model_args = {**getattr(model, '_model_args', {}), **(saved or {}), **kwargs}
 
 
-def build(model: Any) -> Any:
-    """The model that its name and arguments build, without values."""
-    return create_model(model.pretrained_cfg['architecture'], **getattr(model, '_model_args', {}), device='meta')
+def build(model: Any, **changed: Any) -> Any:
+    """The model that its name and recorded arguments build, without values."""
+    args = {**getattr(model, '_model_args', {}), **changed}
+    return create_model(model.pretrained_cfg['architecture'], **args, device='meta')
+
+
+def unlike_its_name(model: Any) -> str:
+    """What a model has that is not built again by what `save_for_hf` saves of it. Empty if all is."""
+    try:
+        # timm saves what a model has now (1.0.28 of these the classes alone)
+        changed = current_args(model) if _RECORDS else {'num_classes': model.num_classes}
+        return difference(model, build(model, **changed))
+    except (RuntimeError, TypeError, ValueError) as e:  # of a model's constructor
+        return ' '.join(str(e).split())
 
 
 def model_args(model: Any) -> Dict[str, Any]:

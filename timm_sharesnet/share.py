@@ -37,7 +37,7 @@ from timm.utils import ParseKwargs
 from ._calibrate import Fit, calibrate, why_not_fitted
 from ._cli import one_line
 from ._pretrained import drop_repeated_args
-from ._rebuild import build, difference, model_args, train_options
+from ._rebuild import model_args, train_options, unlike_its_name
 from .fold import double
 from .resnet import ShaResNet
 from .resnetv2 import CifarResNetV2
@@ -203,14 +203,6 @@ def _name_shared(model: nn.Module, rate: ShareRate) -> str:
         f'timm.create_model does not build it again by name and recorded arguments ({fault}): give all that it was '
         f'built with to timm.models.save_for_hf(..., model_args=dict(...))'
     )
-
-
-def unlike_its_name(model: nn.Module) -> str:
-    """What a model has that its name and recorded arguments do not build. Empty if they build it."""
-    try:
-        return difference(model, build(model))
-    except (RuntimeError, TypeError, ValueError) as e:  # of a model's constructor
-        return ' '.join(str(e).split())
 
 
 def _plain_stages(model: nn.Module) -> Dict[str, nn.Module]:
