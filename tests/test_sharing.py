@@ -465,6 +465,7 @@ def test_synchronised_batch_norms_are_refitted_and_frozen_ones_noted() -> None:
     assert type(synchronised.layer1[0].bn3) is nn.SyncBatchNorm
     for name, value in synchronised.state_dict().items():
         torch.testing.assert_close(value, expected.state_dict()[name], msg=name)
+    assert 'SyncBatchNorm' not in str(synchronised.share_report)  # it is built again as the same net
     frozen = freeze_batch_norm_2d(copy.deepcopy(model))
     report = str(share(frozen, 1.0, 'mean', batches).share_report)
     assert 'batch norms are frozen and keep their statistics' in report

@@ -105,6 +105,7 @@ def _layers(model: nn.Module) -> Dict[str, str]:
         if not isinstance(m, _NOTHING):
             container = isinstance(m, nn.ModuleList) or type(m).__repr__ is nn.Module.__repr__  # else it has its own
             text = f'{type(m).__name__}({m.extra_repr()})' if container else repr(m)
+            text = text.replace('SyncBatchNorm', 'BatchNorm2d')  # in evaluation
             layers[name] = re.sub(r', momentum=[^,)]*|, inplace=\w+|inplace=\w+', '', ' '.join(text.split()))
     return layers
 
