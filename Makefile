@@ -30,8 +30,7 @@ test-slow: $(VENV)/installed-test
 timm-suite: $(VENV)/installed-test
 	$(BIN)/python tests/timm_suite.py
 
-# With the oldest versions that are allowed, all together. PYTHON must be 3.10 to 3.13, as torch 2.6 has no newer. Left out
-# is what takes long and depends on none of them.
+# With the oldest versions that are allowed, all together, without two slow tests (Python 3.10 to 3.13, as of torch 2.6)
 test-oldest:
 	PIP_CONSTRAINT=$(CURDIR)/.ci/oldest.txt $(MAKE) VENV=$(OLDEST) $(OLDEST)/installed-test
 	$(OLDEST)/bin/python tests/timm_suite.py sharesnet50 sharesnet164_cifar
