@@ -279,6 +279,13 @@ def test_a_net_without_values_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_net_of_several_outputs_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    model = create('sharesnet164_cifar', layers=(2, 2, 2), features_only=True)
+    with pytest.raises(ExportError, match='the net gives a list, and a file is written of one that gives a tensor'):
+        list(export(model, tmp_path / 'net.onnx', (3, 32, 32)))
+    assert not any(tmp_path.iterdir())
+
+
 def test_images_of_another_size_are_refused_as_torch_says_it(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r'does not take images of \(1, 32, 32\): .*to have 3 channels'):
         list(export(small('wide').half(), tmp_path / 'net.onnx', (1, 32, 32)))

@@ -393,6 +393,10 @@ def export(
             expected = model(probe)
     except RuntimeError as e:
         raise ExportError(f'the net does not take images of {size}: {e}') from e
+    if not isinstance(expected, torch.Tensor):
+        raise ExportError(
+            f'the net gives a {type(expected).__name__}, and a file is written of one that gives a tensor'
+        )
     images, calibrated, calibration = None, [], []
     if calibration_dir is not None:
         images = FolderImages(calibration_dir, model, size)
