@@ -142,6 +142,9 @@ def _conflicts(args: argparse.Namespace) -> Iterator[str]:
                 yield f'{name}: {odd[0]} is odd, and mixup and cutmix mix the images of a batch in pairs.'
         if args.aug_splits and not args.no_prefetcher:
             yield 'aug_splits: goes with mixup and cutmix only under no_prefetcher.'
+    interpolation = args.train_interpolation or args.interpolation
+    if args.aa and '3a' not in args.aa and not args.no_aug and interpolation in ('lanczos', 'box', 'hamming'):
+        yield f'aa: rotates and shears, which PIL cannot do with {interpolation}: take bicubic, bilinear or random.'
     if args.mixup_mode == 'half' and args.no_prefetcher:
         yield 'mixup_mode: half needs the prefetcher, under no_prefetcher it would be batch.'
     for name in 'scale', 'ratio', 'cutmix_minmax':
