@@ -571,6 +571,19 @@ def test_saved_runs_are_not_replaced_by_others_of_the_same_names(tmp_path: Path)
     assert timm.create_model(name, share_rate=(0, 0, RUNS[1])).layer3.runs()['conv.1'] == [1, 4, 5]
 
 
+@pytest.mark.parametrize('indices', [(0, 1), (1, 2), (0, 1, 2, 3)])
+def test_a_saved_net_of_several_kernels_loads_as_a_backbone_of_some_stages(
+    tmp_path: Path, indices: Tuple[int, ...]
+) -> None:
+    model = create('sharesnet164_cifar', layers=(5, 5, 5), share_rate=0.5)
+    args = dict(layers=(5, 5, 5), share_rate=0.5)
+    save_for_hf(model, str(tmp_path), model_args=args, safe_serialization=True)
+    kwargs: Dict[str, Any] = dict(pretrained=True, features_only=True, out_indices=indices)
+    backbone = timm.create_model(f'local-dir:{tmp_path}', **kwargs).eval()
+    expected = model.forward_intermediates(images(model), indices=list(indices), intermediates_only=True)
+    assert all(map(torch.equal, backbone(images(model)), expected))
+
+
 # ---- What it was built with
 
 

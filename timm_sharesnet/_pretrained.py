@@ -82,6 +82,9 @@ def _check_runs(model: Any, variant: str, saved: Dict[str, Any]) -> None:
         variant: Architecture name.
         saved: The arguments that are saved beside the weights of `local-dir:` and `hf-hub:` (from timm 1.0.29 on).
     """
+    stages = [m for m in model.modules() if isinstance(m, SharedStage)]
+    if not any(stage.several for stage in stages):  # where they share one convolution, the names tell
+        return
     from ._rebuild import saved_net  # late, as it needs timm.models
 
     expected: Any = None
@@ -95,13 +98,14 @@ def _check_runs(model: Any, variant: str, saved: Dict[str, Any]) -> None:
             expected = (saved_net(file) or [None, None])[1]
     if expected is None:
         return
-    runs = [[m.runs() for m in net.modules() if isinstance(m, SharedStage)] for net in (model, expected)]
-    if runs[0] != runs[1]:
-        raise RuntimeError(
-            f'The weights are those of a net in which other blocks share than with the share_rate that was given, '
-            f'though the tensors have the same names: {runs[1]}, given {runs[0]}. Pass the share_rate of the config '
-            f'beside the weights, or load the folder by local-dir: without one.'
-        )
+    # Of a backbone (`features_only`) the last stages may be gone
+    for stage, other in zip(stages, (m for m in expected.modules() if isinstance(m, SharedStage)), strict=False):
+        if stage.runs() != other.runs():
+            raise RuntimeError(
+                f'The weights are those of a net in which other blocks share than with the share_rate that was given, '
+                f'though the tensors have the same names: {other.runs()}, given {stage.runs()}. Pass the share_rate of '
+                f'the config beside the weights, or load the folder by local-dir: without one.'
+            )
 
 
 def resolve_weights(

@@ -174,21 +174,21 @@ def train_options(model: Any) -> List[str]:
     """Options of timm's train.py that build a model and prepare its images, without what is the default."""
     args, name = model_args(model), model.pretrained_cfg['architecture']
     default = create_model(name, **{k: v for k, v in args.items() if k == 'base'}, device='meta')
-    args = {k: v for k, v in args.items() if current_args(default).get(k) != v}
+    usual = current_args(default)
+    args = {k: v for k, v in args.items() if usual.get(k) != v}
     flags = {option['name']: option['flags'][-1] for option in TRAIN_OPTIONS['options'] if option['flags']}
     options = ['--model', name]
-    data = {key: resolve_data_config({}, model=model)[key] for key in _DATA_OPTIONS}
+    data, known = (resolve_data_config({}, model=m) for m in (model, default))
     data['input_size'] = (model.in_chans, *data['input_size'][1:])  # from which train.py takes in_chans, too
-    known = resolve_data_config({}, model=default)
     kwargs = []
     for key, value in args.items():
         if key not in TRAIN_ARGS:
             kwargs.append(f'{key}={_literal(value)}')
         elif key != 'in_chans':
             options += [flags[TRAIN_ARGS[key]], str(value)]
-    for key, value in data.items():
-        if _list(value) != _list(known[key]):
-            options += [flags[key], *map(str, _list(value))]
+    for key in _DATA_OPTIONS:
+        if _list(data[key]) != _list(known[key]):
+            options += [flags[key], *map(str, _list(data[key]))]
     return [*options, *(['--model-kwargs', *kwargs] if kwargs else [])]
 
 
