@@ -288,8 +288,8 @@ def describe_args(config, options, arch):
     """
     import timm
 
-    from timm_sharesnet._rebuild import TRAIN_ARGS
-    from timm_sharesnet._train_weights import resolve_in_chans
+    from timm_sharesnet.model_args import TRAIN_ARGS
+    from timm_sharesnet.preflight.checkpoints import resolve_in_chans
 
     names = {arg: option for arg, option in TRAIN_ARGS.items() if arg not in NO_MODEL_ARGS}
 

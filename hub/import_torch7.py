@@ -25,7 +25,7 @@ import timm
 from timm.models import save_for_hf
 
 from timm_sharesnet import load_torch7
-from timm_sharesnet._pretrained import drop_repeated_args, unknown_model
+from timm_sharesnet.weights import drop_repeated_args, unknown_model
 
 
 def main(argv: Optional[List[str]] = None) -> Optional[str]:

@@ -30,7 +30,7 @@ def run(code, *options, **env):
         pytest.param('import timm, timm_sharesnet', marks=slow),
         pytest.param('from timm_sharesnet import SharedStage; import timm', marks=slow),
         'from timm_sharesnet import CifarResNetV2, ShaResNet; import timm',
-        'import timm_sharesnet._pretrained, timm_sharesnet.preflight, timm',
+        'import timm_sharesnet.weights, timm_sharesnet.preflight, timm',
     ],
 )
 def test_models_are_registered_after(imports):
@@ -201,7 +201,7 @@ class Instrumentation:  # of jaxtyping and typeguard
             marks=slow,
         ),
         pytest.param('import timm\n' + FORGET.format('timm'), marks=slow),
-        'import timm, timm_sharesnet.fold\n' + FORGET.format('timm') + 'import timm\n' + FORGET.format('timm'),
+        'import timm, timm_sharesnet.folding\n' + FORGET.format('timm') + 'import timm\n' + FORGET.format('timm'),
         pytest.param(f'{OTHER_PLUGIN}\nsys.meta_path.insert(0, Other())', marks=slow),
         f'{OTHER_PLUGIN}\nsys.meta_path.append(Other())',
         f'{INSTRUMENTATION.format(["timm"])}\nsys.meta_path.insert(0, Instrumentation())',

@@ -5,7 +5,7 @@ import errno
 import pytest
 from PIL import UnidentifiedImageError
 
-from timm_sharesnet._cli import CommandError, one_line
+from timm_sharesnet.cli import CommandError, one_line
 
 
 @pytest.mark.parametrize(

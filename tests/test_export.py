@@ -1,149 +1,346 @@
-"""Compilation and export: torch.compile, torch.export, ONNX, TorchScript."""
+"""ONNX files of deployed nets: what ONNX Runtime holds after its own optimisation, int8, fp16, and the command line."""
 
 import copy
+import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, List
 
-import numpy as np
 import onnx
-import onnxruntime
 import pytest
+import timm
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from models import RUNS, SHARED, SMALL, create, images, small
-from torch._dynamo.testing import CompileCounterWithBackend
+from demo import load_images
+from models import SHARED, SMALL, create, images, kernels, small
+from timm.models import save_for_hf
+from timm.utils import reparameterize_model
 
-kinds = pytest.mark.parametrize('kind', [*SMALL, *RUNS])
+from timm_sharesnet import SharedStage, fold, unshare
+from timm_sharesnet.export import (
+    ExportError,
+    export,
+    export_onnx,
+    inspect,
+    load_model,
+    main,
+    open_session,
+    quantize,
+    run,
+    session_memory,
+)
+
+kinds = pytest.mark.parametrize('kind', SMALL)
 slow = pytest.mark.slow
 
 
 def slow_but_for(*default: str) -> pytest.MarkDecorator:
     """Run the test on all kinds, of which only some are in the default run."""
-    kinds = [*SMALL, *RUNS]
-    return pytest.mark.parametrize('kind', [k if k in default else pytest.param(k, marks=slow) for k in kinds])
+    return pytest.mark.parametrize('kind', [k if k in default else pytest.param(k, marks=slow) for k in SMALL])
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> None:
-    torch._dynamo.reset()
+SIZE = (3, 32, 32)
 
 
-# ---- torch.compile
+def uses(model: nn.Module) -> int:
+    """Number of 3x3 convolutions that a forward pass computes."""
+    stages = [m for m in model.modules() if isinstance(m, SharedStage) and m.conv is not None]
+    return kernels(model) - len(stages) + sum(block.conv2 is None for stage in stages for block in stage.blocks)
 
 
-@slow_but_for('bottleneck', 'wide')
-@pytest.mark.parametrize('checkpointing', [False, True], ids=['', 'checkpointing'])
-def test_training_step_compiles_to_one_graph_with_equal_gradients(kind: str, checkpointing: bool) -> None:
-    model = small(kind).double().train()
-    compiled = copy.deepcopy(model)
-    compiled.set_grad_checkpointing(checkpointing)
-    counter = CompileCounterWithBackend('aot_eager')
-    x = images(model, 4)
-    for net in model, torch.compile(compiled, backend=counter, fullgraph=True):
-        F.cross_entropy(net(x), torch.arange(4)).backward()
-    assert counter.frame_count == 1
-    expected = {k: p.grad for k, p in model.named_parameters()}
-    found = {k: p.grad for k, p in compiled.named_parameters()}
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-
-
-@slow_but_for('bottleneck', 'wide')
-@pytest.mark.parametrize(
-    'dynamic,sizes,graphs',
-    [
-        (True, [2, 3, 5, 8], 1),
-        (None, [2, 3, 5, 8], 2),  # torch's automatic dynamic shapes: once more when a size changes
-    ],
-    ids=['dynamic', 'automatic'],
-)
-def test_graphs_serve_all_batch_sizes(kind: str, dynamic: Any, sizes: List[int], graphs: int) -> None:
-    model = small(kind)
-    counter = CompileCounterWithBackend('eager')
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
-    for n in sizes:
-        x = images(model, n)
-        torch.testing.assert_close(compiled(x), model(x))
-    assert counter.frame_count == graphs
-
-
-@slow_but_for('wide')
-def test_inductor_computes_the_same(kind: str) -> None:
-    model = small(kind)
-    x = images(model)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-3, atol=1e-4)
-
-
-# ---- torch.export and TorchScript
+# ---- What ONNX Runtime holds
 
 
 @kinds
-def test_export_keeps_the_names_and_the_output(kind: str) -> None:
+def test_optimised_net_that_is_folded_holds_each_shared_kernel_once(kind: str, tmp_path: Path) -> None:
     model = small(kind)
     x = images(model)
-    batch = torch.export.Dim('batch', min=2)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
-    assert program.state_dict.keys() == model.state_dict().keys()
-    for n in 2, 5:
-        torch.testing.assert_close(program.module()(images(model, n)), model(images(model, n)))
+    export_onnx(fold(model), tmp_path / 'net.onnx', SIZE)
+    found = inspect(tmp_path / 'net.onnx')
+    assert (found.kernels, found.uses) == (kernels(model), uses(model))
+    assert uses(model) > kernels(model)
+    output = torch.from_numpy(run(open_session(tmp_path / 'net.onnx'), x.numpy()))
+    assert (output - model(x)).abs().max() <= 1e-5 * output.abs().max()
 
 
-@kinds
-def test_torchscript_computes_the_same_and_survives_saving(kind: str, tmp_path: Path) -> None:
-    model = small(kind)
-    x = images(model)
-    torch.jit.script(model).save(str(tmp_path / 'model.pt'))
-    scripted = torch.jit.load(str(tmp_path / 'model.pt'))
-    torch.testing.assert_close(scripted(x), model(x))
-    assert {k for k, _ in scripted.named_parameters()} == {k for k, _ in model.named_parameters()}
-
-
-def test_torchscript_keeps_stride_and_dilation_of_the_shared_convolution() -> None:
-    model = small('bottleneck', output_stride=8)
-    x = images(model)
-    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
-
-
-# ---- ONNX
-
-by_dynamo = pytest.mark.skipif(torch.__version__ < '2.7', reason="torch 2.6's dynamo exporter fails at a batch norm")
-
-
-def export_onnx(model: nn.Module, x: torch.Tensor, path: Path) -> Path:
-    torch.onnx.export(model, (x,), str(path), dynamo=True, external_data=False, verbose=False)
-    return path
-
-
-def stored(path: Path) -> int:
-    """Number of values of the weights in a file."""
-    return sum(int(np.prod(t.dims)) for t in onnx.load(path).graph.initializer)
-
-
-def run_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
-    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
-
-
-@by_dynamo
 @slow_but_for('bottleneck')
-def test_onnx_stores_a_shared_convolution_once_and_computes_the_same(kind: str, tmp_path: Path) -> None:
+def test_optimised_net_that_is_not_folded_holds_a_kernel_for_each_use_as_the_twin(kind: str, tmp_path: Path) -> None:
+    """What `fold` is for. If it fails, ONNX Runtime is cured."""
     model = small(kind)
-    x = images(model)
-    path = export_onnx(model, x, tmp_path / 'model.onnx')
-    onnx.checker.check_model(str(path))
-    output = run_onnx(path, x)
-    assert (output - model(x)).abs().max() <= 2e-5 * output.abs().max()
-    # Batch norm adds a scale and a shift to what is stored where it cannot be folded, never a convolution.
-    parameters = sum(p.numel() for p in model.parameters())
-    assert parameters * 0.98 < stored(path) < parameters * 1.02
+    for net in model, fold(unshare(model)):
+        export_onnx(net, tmp_path / 'net.onnx', SIZE)
+        # No batch norm follows the shared convolution of a wide block: nothing is folded into it in any case.
+        once = kind == 'wide' and net is model
+        assert inspect(tmp_path / 'net.onnx').kernels == (kernels(model) if once else uses(model))
 
 
-@by_dynamo
+@slow_but_for('basic', 'preact')
+def test_int8_file_holds_each_shared_kernel_once_and_agrees_with_the_twin_s(kind: str, tmp_path: Path) -> None:
+    model = small(kind)
+    calibration = [images(model, 16).numpy()]
+    errors, sizes = [], []
+    for net in fold(model), fold(unshare(model)):
+        export_onnx(net, tmp_path / 'net.onnx', SIZE)
+        quantize(tmp_path / 'net.onnx', tmp_path / 'int8.onnx', calibration)
+        contents = inspect(tmp_path / 'int8.onnx')
+        assert (contents.kernels, contents.uses) == (kernels(net), uses(model))
+        output = run(open_session(tmp_path / 'int8.onnx'), calibration[0])
+        expected = model(images(model, 16)).detach().numpy()
+        errors.append(abs(output - expected).max() / abs(expected).max())
+        sizes.append(contents.weight_bytes)
+    assert errors[0] <= 2 * errors[1] + 0.05 and errors[1] < 0.5
+    assert sizes[0] < sizes[1]
+
+
 @pytest.mark.parametrize('name', ['shawrn40_4', *(pytest.param(n, marks=slow) for n in SHARED if n != 'shawrn40_4')])
-def test_onnx_file_of_each_model_is_as_small_as_its_weights(name: str, tmp_path: Path) -> None:
+def test_each_model_takes_the_memory_of_its_own_weights(name: str, tmp_path: Path) -> None:
     model = create(name)
-    x = torch.randn(1, *model.pretrained_cfg['input_size'])
-    path = export_onnx(model, x, tmp_path / 'model.onnx')
-    assert path.stat().st_size < 4 * sum(p.numel() for p in model.parameters()) * 1.02 + 1.2e6  # and the graph
-    output = run_onnx(path, x)
-    assert (output - model(x)).abs().max() <= 2e-5 * output.abs().max()
+    size = model.pretrained_cfg['input_size']
+    held, contents = [], []
+    for net in fold(model), fold(unshare(model)):
+        export_onnx(net, tmp_path / f'{len(held)}.onnx', size)
+        contents.append(inspect(tmp_path / f'{len(held)}.onnx'))
+        memory = session_memory(tmp_path / f'{len(held)}.onnx')
+        held.append(memory and memory.held)
+    assert (contents[0].kernels, contents[1].kernels) == (kernels(model), uses(model))
+    saved = contents[1].weight_bytes - contents[0].weight_bytes
+    parameters = sum(p.numel() for p in unshare(model).parameters()) - sum(p.numel() for p in model.parameters())
+    assert saved == pytest.approx(4 * parameters, rel=0.02)
+    if held[0] is not None:
+        assert held[1] - held[0] > 0.6 * saved / 2**20
+
+
+@slow_but_for('bottleneck')
+def test_reparam_of_timm_s_scripts_keeps_the_kernels_too(kind: str, tmp_path: Path) -> None:
+    model = small(kind)
+    export_onnx(reparameterize_model(model), tmp_path / 'net.onnx', SIZE)
+    assert inspect(tmp_path / 'net.onnx').kernels == kernels(model)
+
+
+def test_weights_beyond_16_mb_are_in_a_second_file(tmp_path: Path) -> None:
+    model = create('shawrn40_4')
+    export_onnx(fold(model), tmp_path / 'net.onnx', SIZE)
+    assert {p.name for p in tmp_path.iterdir()} == {'net.onnx', 'net.onnx_data'}
+    assert (tmp_path / 'net.onnx').stat().st_size < 1e6
+    assert (tmp_path / 'net.onnx_data').stat().st_mode == (tmp_path / 'net.onnx').stat().st_mode
+    assert inspect(tmp_path / 'net.onnx').bytes > 23e6
+    x = images(model)
+    output = torch.from_numpy(run(open_session(tmp_path / 'net.onnx'), x.numpy()))
+    torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_files_do_not_tell_where_they_were_made(tmp_path: Path) -> None:
+    export_onnx(fold(small('preact')), tmp_path / 'net.onnx', SIZE)
+    content = (tmp_path / 'net.onnx').read_bytes()
+    assert b'layer1.conv.weight' in content
+    assert b'.py' not in content and str(Path(timm.__file__).parents[1]).encode() not in content
+
+
+# ---- The command
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory: Any) -> Path:
+    """60 real images in class folders, and a checkpoint of a small net as train.py writes it."""
+    folder = tmp_path_factory.mktemp('export')
+    pictures, labels, classes = load_images()
+    for i in range(60):
+        path = folder / 'images' / classes[labels[i]] / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures[i].save(path)
+    model = small('preact', num_classes=5)
+    other = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
+    torch.save(
+        {'arch': 'sharesnet164_cifar', 'state_dict': other, 'state_dict_ema': model.state_dict()}, folder / 'c.pth'
+    )
+    return folder
+
+
+NET = ['sharesnet164_cifar', '--num-classes', '5', '--model-kwargs', 'layers=(3, 3, 1)']
+
+
+def test_command_writes_fp32_fp16_and_int8_of_a_checkpoint(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    options = ['--checkpoint', str(folder / 'c.pth'), '--output', str(tmp_path / 'net.onnx'), '--fp16', '--int8']
+    options += ['--calibration-dir', str(folder / 'images'), '--calibration-images', '20']
+    assert main([*NET, *options]) == 0, capsys.readouterr().err
+    lines = capsys.readouterr().out.splitlines()
+    model = small('preact', num_classes=5)  # the averaged weights
+    x = images(model)
+    tolerances = {'net.onnx': 1e-4, 'net_fp16.onnx': 1e-2, 'net_quantized.onnx': 0.2}
+    assert {p.name for p in tmp_path.iterdir()} == set(tolerances)
+    for name, tolerance in tolerances.items():
+        onnx.checker.check_model(str(tmp_path / name))
+        session = open_session(tmp_path / name)
+        assert (session.get_inputs()[0].name, session.get_outputs()[0].name) == ('pixel_values', 'logits')
+        for n in 1, 2:
+            output = torch.from_numpy(run(session, x[:n].numpy()))
+            assert (output - model(x[:n])).abs().max() <= tolerance * output.abs().max()
+        line = next(line for line in lines if line.startswith(f'{name}: '))
+        assert f'{kernels(model)} 3x3 kernels for {uses(model)} uses' in line
+    assert f'calibrating int8 on 20 of 60 images of {folder / "images"}' in lines
+    assert 'of 40 others' in lines[-1]
+
+
+def test_command_reads_a_local_dir(tmp_path: Path) -> None:
+    model = small('basic')
+    save_for_hf(model, tmp_path / 'net', model_args=model.made_by[1], safe_serialization=True)
+    options = ['--output', str(tmp_path / 'net.onnx'), '--img-size', '32']
+    assert main([f'local-dir:{tmp_path / "net"}', *options]) == 0
+    x = images(model)
+    output = torch.from_numpy(run(open_session(tmp_path / 'net.onnx'), x.numpy()))
+    assert (output - model(x)).abs().max() <= 1e-4 * output.abs().max()
+
+
+@pytest.mark.parametrize(
+    'argv,complaint',
+    [
+        (['sharesnet55', '--output', 'o.onnx'], 'timm knows no model sharesnet55, did you mean sharesnet50'),
+        (['vit_tiny_patch16_224', '--checkpoint', 'c.pth', '--output', 'o.onnx'], 'is no checkpoint of vit_tiny'),
+        (['sharesnet164_cifar', '--checkpoint', 'c.pth', '--output', 'o.onnx'], '--num-classes'),
+        (['sharesnet164_cifar', '--checkpoint', 'none.pth', '--output', 'o.onnx'], 'there is no file none.pth'),
+        (['sharesnet164_cifar', '--checkpoint', 'bad.pth', '--output', 'o.onnx'], 'bad.pth is damaged'),
+        (['sharesnet50', '--output', 'o.onnx'], 'No weights are published for sharesnet50'),
+        (['sharesnet164_cifar', '--output', 'o.bin'], 'must end in .onnx'),
+        (['sharesnet164_cifar', '--output', 'none/o.onnx'], 'lie in a folder that exists'),
+        (['sharesnet164_cifar', '--output', 'old.onnx'], 'old.onnx exists already (--force overwrites)'),
+        (['sharesnet164_cifar', '--output', 'o.onnx', '--int8'], '--int8 and --calibration-dir go together'),
+        (['sharesnet164_cifar', '--output', 'o.onnx', '--int8', '--calibration-dir', 'none'], 'none'),
+        (['sharesnet164_cifar', '--output', 'o.onnx', '--int8', '--calibration-dir', 'empty'], 'no images in empty'),
+        (['sharesnet164_cifar', '--output', 'o.onnx', '--int8', '--calibration-dir', 'broken'], 'x.png cannot be read'),
+        (['sharesnet164_cifar', '--output', 'o.onnx', '--img-size', '0'], 'images of (3, 0, 0)'),
+        (['sharesnet164_cifar', '--output', 'o.onnx', '--img-size', '-5'], 'images of (3, -5, -5)'),
+        (['sharesnet164_cifar', '--output', 'o.onnx', '--model-kwargs', 'colour=3'], 'colour'),
+    ],
+)
+def test_command_refuses_in_one_line_and_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, argv: List[str], complaint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'c.pth').write_bytes((folder / 'c.pth').read_bytes())
+    (tmp_path / 'bad.pth').write_bytes(b'PK not a checkpoint')
+    (tmp_path / 'old.onnx').write_bytes(b'old')
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'broken' / 'cat').mkdir(parents=True)
+    (tmp_path / 'broken' / 'cat' / 'x.png').write_bytes(b'no image')
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert complaint in error and error.startswith('export: ') and error.count('\n') == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert (tmp_path / 'old.onnx').read_bytes() == b'old'
+
+
+def test_force_replaces_the_files_of_before(tmp_path: Path) -> None:
+    (tmp_path / 'net.onnx').write_bytes(b'old')
+    (tmp_path / 'net.onnx_data').write_bytes(b'old weights')
+    list(export(small('wide'), tmp_path / 'net.onnx', force=True))
+    assert {p.name for p in tmp_path.iterdir()} == {'net.onnx'}
+    onnx.checker.check_model(str(tmp_path / 'net.onnx'))
+
+
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys.modules['timm_sharesnet.export'], 'fold', lambda model: small('preact'))
+    with pytest.raises(ExportError, match='differs from the net'):
+        list(export(small('wide'), tmp_path / 'net.onnx'))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'to',
+    [
+        torch.float16,
+        pytest.param(torch.bfloat16, marks=slow),
+        torch.float64,
+        pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')),
+    ],
+)
+def test_a_net_of_another_precision_or_device_is_written_in_fp32_and_not_changed(to: Any, tmp_path: Path) -> None:
+    model = small('wide').to(to)
+    before = copy.deepcopy(model.state_dict())
+    list(export(model, tmp_path / 'net.onnx'))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    model = model.to('cpu', torch.float32)
+    output = torch.from_numpy(run(open_session(tmp_path / 'net.onnx'), images(model).numpy()))
+    assert (output - model(images(model))).abs().max() <= 1e-4 * output.abs().max()
+    assert {tensor.data_type for tensor in onnx.load(tmp_path / 'net.onnx').graph.initializer} <= {
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.INT64,  # shapes
+    }
+
+
+def test_a_net_without_values_is_refused(tmp_path: Path) -> None:
+    part = small('wide')
+    part.norm.to('meta')
+    for model in timm.create_model('shawrn40_4', device='meta').eval(), part:
+        with pytest.raises(ExportError, match='on the meta device and has no values to write: load its weights first'):
+            list(export(model, tmp_path / 'net.onnx'))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_net_of_several_outputs_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    model = create('sharesnet164_cifar', layers=(2, 2, 2), features_only=True)
+    with pytest.raises(ExportError, match='the net gives a list, and a file is written of one that gives a tensor'):
+        list(export(model, tmp_path / 'net.onnx', (3, 32, 32)))
+    assert not any(tmp_path.iterdir())
+
+
+def test_images_of_another_size_are_refused_as_torch_says_it(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r'does not take images of \(1, 32, 32\): .*to have 3 channels'):
+        list(export(small('wide').half(), tmp_path / 'net.onnx', (1, 32, 32)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_net_of_one_channel_is_written_for_its_images(tmp_path: Path) -> None:
+    list(export(small('wide', in_chans=1), tmp_path / 'net.onnx'))
+    assert open_session(tmp_path / 'net.onnx').get_inputs()[0].shape[1:] == [1, 32, 32]
+
+
+@pytest.mark.parametrize(
+    'module,function,error,message',
+    [
+        (os, 'replace', OSError(errno.ENOSPC, 'No space left on device'), 'No space left on device'),
+        (onnx, 'save', OSError(), 'OSError'),
+    ],
+)
+def test_a_full_disk_is_said_in_one_line_and_nothing_is_left(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    capsys: Any,
+    module: Any,
+    function: str,
+    error: OSError,
+    message: str,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, function, fail)
+    assert main([*NET, '--checkpoint', str(folder / 'c.pth'), '--output', 'net.onnx']) == 2
+    assert capsys.readouterr().err == f'export: net.onnx: {message}\n'
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_onnx_runtime_cannot_do_is_said_with_the_folder_that_may_be_full(tmp_path: Path) -> None:
+    (tmp_path / 'bad.onnx').write_bytes(b'no model')
+    with pytest.raises(ExportError, match='^bad.onnx cannot be optimised, with temporary files in .*Protobuf'):
+        inspect(tmp_path / 'bad.onnx')
+    with pytest.raises(ExportError, match='^bad.onnx cannot be quantized, with temporary files in '):
+        quantize(tmp_path / 'bad.onnx', tmp_path / 'int8.onnx', [images(small('wide')).numpy()])
+    assert [path.name for path in tmp_path.iterdir()] == ['bad.onnx']
+
+
+def test_missing_packages_are_named_with_the_extra(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['onnxscript'] = None; from timm_sharesnet.export import main; sys.exit(main())"
+    command = [sys.executable, '-c', code, 'sharesnet164_cifar', '--output', str(tmp_path / 'net.onnx')]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "onnxscript is not installed: pip install 'timm-sharesnet[onnx]'" in result.stderr
+
+
+def test_averaged_weights_are_preferred(folder: Path) -> None:
+    model = load_model('sharesnet164_cifar', folder / 'c.pth', 5, model_kwargs={'layers': (3, 3, 1)})
+    assert torch.equal(model.conv1.weight, small('preact', num_classes=5).conv1.weight)

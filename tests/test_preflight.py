@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from timm.data.transforms import _str_to_torch_interpolation
 from timm.models import save_for_hf
 
-from timm_sharesnet._train_values import RANGES, VALUES
 from timm_sharesnet.preflight import main, train_options, train_parser
+from timm_sharesnet.preflight.values import RANGES, VALUES
 
 TRAIN_CONFIGS = Path(__file__).parents[1] / 'train_configs'
 CONFIG = {

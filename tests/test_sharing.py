@@ -22,12 +22,13 @@ from timm.utils.model import freeze_batch_norm_2d
 from torch.nn.utils import prune
 
 from timm_sharesnet import CifarResNetV2, PreActWideBasic, SharedStage, ShaResNet, fold, share, unshare
-from timm_sharesnet._calibrate import Fit, calibrate
-from timm_sharesnet._pretrained import drop_repeated_args
-from timm_sharesnet._rebuild import train_options, unlike_its_name
+from timm_sharesnet.model_args import train_options, unlike_its_name
 from timm_sharesnet.preflight import build_model, train_parser
-from timm_sharesnet.share import _permute, main
+from timm_sharesnet.sharing.__main__ import main
+from timm_sharesnet.sharing.convert import _permute
+from timm_sharesnet.sharing.refit import Fit, calibrate
 from timm_sharesnet.stage import as_python, split_runs
+from timm_sharesnet.weights import drop_repeated_args
 
 NARROW = dict(layers=(2, 3, 4, 1), channels=(16, 24, 32, 40), num_classes=10)
 # timm's ResNets of all kinds, and our unshared ones

@@ -191,7 +191,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 def test_options_that_share_prints_work_when_pasted(folder, tmp_path, name, kwargs, rate):
     model = create(name, **kwargs)
     save_for_hf(model, tmp_path / 'plain', model_args=kwargs, safe_serialization=True)
-    share = ['-m', 'timm_sharesnet.share', f'local-dir:{tmp_path}/plain', '--init', 'mean', '--rate', rate]
+    share = ['-m', 'timm_sharesnet.sharing', f'local-dir:{tmp_path}/plain', '--init', 'mean', '--rate', rate]
     shared = tmp_path / 'with a space'
     options = run(folder, *share, '--output', shared).splitlines()[-1]
     torch.save(torch.randn(2, model.in_chans, 64, 64), folder / 'images.pt')

@@ -8,9 +8,6 @@ torch imports this file at the end of `import torch`, so it must stay light: it 
 offers its names lazily (PEP 562).
 """
 
-import sys
-from types import ModuleType
-
 from . import _autoload
 
 __version__ = '0.1.0'
@@ -38,10 +35,10 @@ _MODULES = {
     'ShaResNet': 'resnet',
     'SharedStage': 'stage',
     'SharingBlock': 'stage',
-    'fold': 'fold',
+    'fold': 'folding',
     'load_torch7': 'torch7',
-    'share': 'share',
-    'unshare': 'share',
+    'share': 'sharing',
+    'unshare': 'sharing',
 }
 
 
@@ -51,17 +48,6 @@ def __getattr__(name):
     from importlib import import_module
 
     return getattr(import_module(f'.{_MODULES[name]}', __name__), name)
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name, value):
-        # Importing a file sets it as an attribute, which must not hide its function of the same name (fold, share).
-        if name in _MODULES and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __dir__():

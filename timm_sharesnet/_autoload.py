@@ -54,7 +54,8 @@ def _register():
 
         from timm.models import is_model
 
-        families = {f'{_PACKAGE}.resnet': 'sharesnet50', f'{_PACKAGE}.resnetv2': 'sharesnet164_cifar'}
+        models = dict(resnet='sharesnet50', resnetv2='sharesnet164_cifar', sharesnet='sharesnet')
+        families = {f'{_PACKAGE}.{name}': model for name, model in models.items()}
         if all(map(is_model, families.values())):
             return
         before = [sys.modules[family] for family in families if sys.modules.get(family)]

@@ -36,13 +36,13 @@ import torch.nn as nn
 from timm.models import load_state_dict
 from timm.utils import ParseKwargs
 
-from ._cli import CommandError as ExportError
-from ._cli import one_line, reason
-from ._images import FolderImages, image_size
-from ._pretrained import unknown_model
-from ._rebuild import other_net, record_args
-from ._train_weights import unreadable
-from .fold import fold
+from .cli import CommandError as ExportError
+from .cli import one_line, reason
+from .folding import fold
+from .images import FolderImages, image_size
+from .model_args import other_net, record_args
+from .preflight.checkpoints import unreadable
+from .weights import unknown_model
 
 __all__ = [
     'Contents',

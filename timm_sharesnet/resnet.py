@@ -11,17 +11,16 @@ What is shared follows the author's code:
 The unshared twins are timm's `resnet34`, `resnet50`, `resnet101`, `resnet152`.
 """
 
-from functools import partial
 from typing import Any, Dict, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, get_pretrained_cfg, is_model_in_modules, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ._pretrained import create, unknown_model, with_sources
 from .stage import SharedStage, ShareRate, SharingBlock, stage_rates
+from .weights import create, with_sources
 
 __all__ = ['ShaBasicBlock', 'ShaBottleneck', 'ShaResNet']  # register_model adds each entrypoint fn to this
 
@@ -181,7 +180,7 @@ def _create_sharesnet(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     return create(ShaResNet, variant, pretrained, **kwargs)
 
 
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
+def default_cfg(**kwargs: Any) -> Dict[str, Any]:
     return {
         'num_classes': 1000,
         'input_size': (3, 224, 224),
@@ -202,59 +201,21 @@ default_cfgs = generate_default_cfgs(
         {
             # The author's weights, once imported (hub/import_torch7.py), and those of procedures A2 and A3 of
             # `ResNet strikes back` (train_configs/), which evaluates at 224 px with crop 0.95 - arXiv:2110.00476
-            'sharesnet34.torch7_in1k': _cfg(),
-            'sharesnet34.a2_in1k': _cfg(crop_pct=0.95),
-            'sharesnet34.a3_in1k': _cfg(crop_pct=0.95),
-            'sharesnet50.torch7_in1k': _cfg(),
-            'sharesnet50.a2_in1k': _cfg(crop_pct=0.95),
-            'sharesnet50.a3_in1k': _cfg(crop_pct=0.95),
-            'sharesnet101.torch7_in1k': _cfg(),
-            'sharesnet101.a2_in1k': _cfg(crop_pct=0.95),
-            'sharesnet101.a3_in1k': _cfg(crop_pct=0.95),
-            'sharesnet152.torch7_in1k': _cfg(),
-            'sharesnet152.a2_in1k': _cfg(crop_pct=0.95),
-            'sharesnet152.a3_in1k': _cfg(crop_pct=0.95),
-            'sharesnet.untrained': _cfg(),  # of any base, whose cfg it takes
+            'sharesnet34.torch7_in1k': default_cfg(),
+            'sharesnet34.a2_in1k': default_cfg(crop_pct=0.95),
+            'sharesnet34.a3_in1k': default_cfg(crop_pct=0.95),
+            'sharesnet50.torch7_in1k': default_cfg(),
+            'sharesnet50.a2_in1k': default_cfg(crop_pct=0.95),
+            'sharesnet50.a3_in1k': default_cfg(crop_pct=0.95),
+            'sharesnet101.torch7_in1k': default_cfg(),
+            'sharesnet101.a2_in1k': default_cfg(crop_pct=0.95),
+            'sharesnet101.a3_in1k': default_cfg(crop_pct=0.95),
+            'sharesnet152.torch7_in1k': default_cfg(),
+            'sharesnet152.a2_in1k': default_cfg(crop_pct=0.95),
+            'sharesnet152.a3_in1k': default_cfg(crop_pct=0.95),
         }
     )
 )
-
-
-def _base_cfg(base: str) -> Dict[str, Any]:
-    """The default cfg of a plain model, without its weights."""
-    if not isinstance(base, str):
-        raise TypeError(f"sharesnet: base must be the name of a model such as 'resnet50', got {base!r}.")
-    unknown = unknown_model(base)
-    if unknown:
-        raise ValueError(f'sharesnet: {unknown}')
-    arch = base.partition('.')[0]
-    if arch.startswith('sha') and is_model_in_modules(arch, ['resnet', 'resnetv2']):
-        raise ValueError(f'sharesnet: base must be a plain model, and {base} shares: create it by its own name.')
-    cfg = get_pretrained_cfg(base)
-    if cfg is None:
-        raise ValueError(f'sharesnet: {base} has no cfg.')
-    cfg = cfg.to_dict(remove_source=True)
-    return {**cfg, 'architecture': 'sharesnet', 'tag': 'untrained'}
-
-
-@register_model
-def sharesnet(
-    pretrained: bool = False, base: str = 'resnet50', share_rate: ShareRate = 1.0, **kwargs: Any
-) -> torch.nn.Module:
-    """Any of timm's ResNets of basic or bottleneck blocks (`base`, such as 'seresnet50'), with shared convolutions."""
-    from . import resnetv2
-    from .share import create_shared
-
-    cfg, base_cfg = kwargs.pop('pretrained_cfg', None), _base_cfg(base)
-    if base.partition('.')[0] in resnetv2.default_cfgs:
-        kwargs.setdefault('feature_cfg', dict(out_indices=(0, 1, 2, 3)))
-    if isinstance(cfg, str) and cfg != base_cfg['tag']:
-        raise RuntimeError(f'Invalid pretrained tag ({cfg}) for sharesnet.')  # timm's error
-    if not cfg or isinstance(cfg, str):
-        cfg = base_cfg
-    model = create(partial(create_shared, base, share_rate), 'sharesnet', pretrained, pretrained_cfg=cfg, **kwargs)
-    model._model_args = {**getattr(model, '_model_args', {}), 'base': base, 'share_rate': share_rate}
-    return model
 
 
 @register_model

@@ -22,8 +22,8 @@ from timm.layers import DropPath, LayerType, calculate_drop_path_rates, create_c
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
-from ._pretrained import create, with_sources
 from .stage import SharedStage, ShareRate, SharingBlock, stage_rates
+from .weights import create, with_sources
 
 __all__ = ['PreActBottleneck', 'PreActWideBasic', 'CifarResNetV2']  # register_model adds each entrypoint fn to this
 

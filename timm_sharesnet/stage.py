@@ -338,7 +338,7 @@ class SharedStage(nn.Module):
     def reparameterize(self) -> None:
         """Fold the stage's batch norms, in place: timm's name for it, called by `timm.utils.reparameterize_model` and
         so by `--reparam` of timm's scripts. See `timm_sharesnet.fold`."""
-        from .fold import fold_stage
+        from .folding import fold_stage
 
         fold_stage(self)
 

@@ -32,10 +32,10 @@ import torch
 import torch.nn as nn
 from timm.layers import to_2tuple
 
-from ._pretrained import unknown_model
 from .resnet import ShaResNet
 from .resnetv2 import CifarResNetV2, PreActBottleneck
 from .stage import SharingBlock
+from .weights import unknown_model
 
 __all__ = ['load_torch7']
 

@@ -9,7 +9,7 @@ from timm.data.dataset_factory import _search_split  # which folder train.py tak
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils import natural_key
 
-from ._train_values import PreflightError
+from .values import PreflightError
 
 _TORCH_CLASSES = {'cifar10': 10, 'cifar100': 100, 'mnist': 10, 'kmnist': 10, 'fashion_mnist': 10, 'qmnist': 10}
 _OTHER_TORCH = ('inaturalist', 'inat', 'places365', 'imagenet')

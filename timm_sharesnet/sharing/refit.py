@@ -18,8 +18,8 @@ from huggingface_hub.utils import tqdm
 from timm.layers import DropPath
 from timm.models.resnet import ResNet
 
-from .fold import double
-from .stage import is_plain
+from ..folding import double
+from ..stage import is_plain
 
 _RIDGE_KERNEL, _RIDGE = 0.1, 0.01  # relative to the mean second moment of an input
 _TINY = 1e-30  # above the square of what float32 tells from zero

@@ -9,9 +9,9 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg, load_state_dict
 
-from ._pretrained import unknown_model
-from ._rebuild import other_net
-from ._train_values import PreflightError, reason
+from ..model_args import other_net
+from ..weights import unknown_model
+from .values import PreflightError, reason
 
 
 def check_checkpoint(args: argparse.Namespace, key: str, model: Any, epochs: int) -> str:

@@ -27,7 +27,7 @@ from hub_server import Blob, Commit, Failure, HubServer, Repo
 from packaging.version import Version
 
 import timm_sharesnet
-from timm_sharesnet import _pretrained
+from timm_sharesnet import weights
 
 PACKAGE = Path(timm_sharesnet.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -185,7 +185,7 @@ def test_unpublished_weights_are_refused_with_what_their_user_can_do_and_without
 
 
 def test_folder_of_a_clone_that_has_the_weights_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(_pretrained, '__file__', str(tmp_path / 'timm_sharesnet' / '_pretrained.py'))
+    monkeypatch.setattr(weights, '__file__', str(tmp_path / 'timm_sharesnet' / 'weights.py'))
     folder = tmp_path / 'hub' / 'shawrn40_4.modern_c10'
     folder.mkdir(parents=True)
     (folder / 'model.safetensors').touch()
@@ -218,7 +218,7 @@ def packaged(tmp_path, monkeypatch):
     """A copy of the packaged file, which the package takes for its own."""
     path = tmp_path / f'{NAME}.safetensors'
     shutil.copyfile(PACKAGE / 'weights' / path.name, path)
-    monkeypatch.setattr(_pretrained, '_WEIGHTS_DIR', tmp_path)
+    monkeypatch.setattr(weights, '_WEIGHTS_DIR', tmp_path)
     return path
 
 
@@ -233,7 +233,7 @@ def test_bytes_that_were_hashed_are_those_that_are_loaded(packaged, monkeypatch)
         packaged.write_bytes(safetensors.torch.save({'other': torch.zeros(3)}))
         return sha256(data)
 
-    monkeypatch.setattr(_pretrained.hashlib, 'sha256', swap)
+    monkeypatch.setattr(weights.hashlib, 'sha256', swap)
     assert_equal(load_packaged(packaged).state_dict(), safetensors.torch.load(WEIGHTS))
     assert packaged.stat().st_size < 1000
 

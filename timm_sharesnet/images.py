@@ -13,7 +13,7 @@ from timm.data.loader import adapt_to_chs
 from timm.data.readers import create_reader
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ._cli import CommandError, reason
+from .cli import CommandError, reason
 
 _MODES = {1: 'L', 3: 'RGB'}  # that train.py reads images in, by the channels of a model
 _TRAIN = 'train', 'training'  # timm's names of splits

@@ -14,7 +14,7 @@ import json
 from functools import partial
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Type, Union, cast
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union, cast
 
 import safetensors.torch
 import torch
@@ -49,7 +49,7 @@ def _sources(name: str, entry: Dict[str, Any]) -> Dict[str, str]:
     return sources
 
 
-def create(model_cls: Type[nn.Module], variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
+def create(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
     """timm's `build_model_with_cfg`, with weights that were verified, and loaded from the bytes that were.
 
     Raises:
@@ -85,7 +85,7 @@ def _check_runs(model: Any, variant: str, saved: Dict[str, Any]) -> None:
     stages = [m for m in model.modules() if isinstance(m, SharedStage)]
     if not any(stage.several for stage in stages):  # where they share one convolution, the names tell
         return
-    from ._rebuild import saved_net  # late, as it needs timm.models
+    from .model_args import saved_net  # late, as it needs timm.models
 
     expected: Any = None
     file = model.pretrained_cfg.get('file')
@@ -182,7 +182,7 @@ def _no_weights(variant: str, tag: str) -> str:
             f"'{variant}')) (pip install 'timm-sharesnet[torch7]')"
         )
     if variant.startswith('sha'):
-        ways.append('a trained plain ResNet makes a warm start: python -m timm_sharesnet.share')
+        ways.append('a trained plain ResNet makes a warm start: python -m timm_sharesnet.sharing')
     ways += [
         f"timm's train.py trains them: train_configs/ of the repository{_repository()}",
         "a file of yours: pretrained_cfg_overlay=dict(file='model.safetensors'), with num_classes if it has others",
