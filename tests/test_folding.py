@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from timm_sharesnet import SharedStage, SharingBlock, fold
-from timm_sharesnet.folding import MAX_SHIFT
+from timm_sharesnet.conv_bn import MAX_SHIFT
 
 kinds = pytest.mark.parametrize('kind', SMALL)
 slow = pytest.mark.slow

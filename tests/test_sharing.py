@@ -24,10 +24,10 @@ from torch.nn.utils import prune
 from timm_sharesnet import CifarResNetV2, PreActWideBasic, SharedStage, ShaResNet, fold, share, unshare
 from timm_sharesnet.model_args import train_options, unlike_its_name
 from timm_sharesnet.preflight import build_model, train_parser
+from timm_sharesnet.share_rate import as_python, split_runs
 from timm_sharesnet.sharing.__main__ import main
-from timm_sharesnet.sharing.convert import _permute
-from timm_sharesnet.sharing.refit import Fit, calibrate
-from timm_sharesnet.stage import as_python, split_runs
+from timm_sharesnet.sharing.refit import calibrate
+from timm_sharesnet.sharing.run import Run, permute_channels
 from timm_sharesnet.weights import drop_repeated_args
 
 NARROW = dict(layers=(2, 3, 4, 1), channels=(16, 24, 32, 40), num_classes=10)
@@ -220,7 +220,7 @@ def test_alignment_finds_the_order_of_channels_in_which_the_kernels_are_equal(
         if 'conv3' not in block.branch:
             outs = torch.arange(len(outs))
         with torch.no_grad():
-            _permute(block, ins, outs)
+            permute_channels(block, ins, outs)
             block.conv2.weight.copy_(block.conv2.weight[outs][:, ins])
     for stage in stages(shared):
         stage.conv, stage.several = None, False
@@ -284,14 +284,15 @@ def test_last_layer_is_found_again(name: str, kwargs: Dict[str, Any]) -> None:
     batches = noise(model, 2, 32)
     shared = share(model, 1.0, 'mean', batches, refit=False)
     plain = unshare(shared)
-    fits = []
+    runs = []
     for i, stage in enumerate(stages(shared)):
         blocks = tuple(j for j in range(len(stage)) if stage.conv_of(j) is not None)
-        fits.append(Fit(f'layer{i + 1}', blocks, None, scaled=True))
+        if blocks:
+            runs.append(Run(f'layer{i + 1}', stage, blocks, [stage.conv_of(j).weight for j in blocks]))
         for j in blocks:
             nn.init.normal_(stage[j].conv3.weight if 'conv3' in stage[j].branch else stage[j].bn2.weight)
     features = [shared.forward_intermediates(batches[0])[1][1:]]
-    calibrate(shared, plain, [fit.stage for fit in fits], fits, batches, progress=False)
+    calibrate(shared, plain, [f'layer{i + 1}' for i in range(len(stages(shared)))], runs, batches, progress=False)
     features += [m.forward_intermediates(batches[0])[1][1:] for m in (shared, plain)]
     for damaged, found, expected in zip(*features, strict=True):
         assert difference(found, expected) < 0.2 < difference(damaged, expected)

@@ -19,7 +19,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from .stage import SharedStage, ShareRate, SharingBlock, stage_rates
+from .share_rate import ShareRate, stage_rates
+from .stage import SharedStage, SharingBlock
 from .weights import create, with_sources
 
 __all__ = ['ShaBasicBlock', 'ShaBottleneck', 'ShaResNet']  # register_model adds each entrypoint fn to this
@@ -30,7 +31,6 @@ class ShaBasicBlock(BasicBlock, SharingBlock):
 
     branch = ('conv1', 'bn1', 'drop_block', 'act1', 'aa', 'conv2', 'bn2', 'se', 'drop_path')
     after = ('act2',)
-    plain = BasicBlock
 
     @staticmethod
     def first_shared(stage: int) -> int:
@@ -69,7 +69,6 @@ class ShaBottleneck(Bottleneck, SharingBlock):
 
     branch = ('conv1', 'bn1', 'act1', 'conv2', 'bn2', 'drop_block', 'act2', 'aa', 'conv3', 'bn3', 'se', 'drop_path')
     after = ('act3',)
-    plain = Bottleneck
 
     @staticmethod
     def first_shared(stage: int) -> int:
@@ -107,12 +106,16 @@ class ShaBottleneck(Bottleneck, SharingBlock):
         return x
 
 
+SHARING_BLOCKS: Dict[Type[nn.Module], Type[SharingBlock]] = {BasicBlock: ShaBasicBlock, Bottleneck: ShaBottleneck}
+"""timm's plain blocks, and those that are made of them by changing the class."""
+
+
 class ShaResNet(ResNet):
     """timm's ResNet whose stages share their stride-1 3x3 convolutions.
 
     Takes the arguments of `timm.models.ResNet`; `block` is `ShaBasicBlock` or `ShaBottleneck`. `share_rate` is how much
     the blocks of a stage share, for all stages or for each: 1 is the paper, 0 the unshared twin, see
-    `timm_sharesnet.stage.split_runs`. Parameter names are timm's, but that a stage owns `conv` and `blocks`:
+    `timm_sharesnet.share_rate.split_runs`. Parameter names are timm's, but that a stage owns `conv` and `blocks`:
     `layer3.conv.weight`, `layer3.blocks.4.bn1.weight`.
 
     Each block's last batch norm starts at zero (timm's default, `zero_init_last`); the author starts it at one.

@@ -22,7 +22,8 @@ from timm.layers import DropPath, LayerType, calculate_drop_path_rates, create_c
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
-from .stage import SharedStage, ShareRate, SharingBlock, stage_rates
+from .share_rate import ShareRate, stage_rates
+from .stage import SharedStage, SharingBlock
 from .weights import create, with_sources
 
 __all__ = ['PreActBottleneck', 'PreActWideBasic', 'CifarResNetV2']  # register_model adds each entrypoint fn to this
@@ -168,7 +169,7 @@ class CifarResNetV2(nn.Module):
             global_pool: Global pooling type.
             widen_factor: Multiplies the stages' channels (16, 32, 64), k of Wide ResNet.
             share_rate: How much blocks 2 to n of a stage share, for all stages or for each. 1 is the paper, where they
-                have one 3x3, 0 the unshared twin; see `timm_sharesnet.stage.split_runs`.
+                have one 3x3, 0 the unshared twin; see `timm_sharesnet.share_rate.split_runs`.
             act_layer: Activation layer.
             norm_layer: Normalization layer.
             drop_rate: Dropout rate before the classifier.

@@ -8,7 +8,7 @@ from timm.models import generate_default_cfgs, get_pretrained_cfg, is_model_in_m
 
 from . import resnetv2
 from .resnet import default_cfg as resnet_cfg
-from .stage import ShareRate
+from .share_rate import ShareRate
 from .weights import create, unknown_model
 
 __all__ = []  # register_model adds the entrypoint fn to this

@@ -15,27 +15,20 @@ Why the convolution is a module of the stage that the blocks get as an argument,
 block: each tensor then has exactly one name. Registered in every block it has one name per use, and safetensors refuses
 the file, `ModelEmaV3` decays the weight once per use, and `functional_call` and FSDP2 see several parameters. Passing
 the module rather than its weight keeps hooks, FLOP counters and replacement by name (LoRA, parametrization) working.
-
-Tools that rewrite a graph fold the batch norm after a convolution into it. Done once per use of one kernel, that
-computes garbage, so what they trace differs from what runs (`_traced`). What they do to a shared net is then right, but
-the batch norms after the shared convolutions stay: `timm_sharesnet.fold` moves them out of the way, and `unshare` gives
-the plain net to a tool that cannot handle a convolution used several times.
 """
 
-import itertools
-from typing import Any, Dict, Final, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Final, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
-import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ['SharedStage', 'SharingBlock', 'split_runs', 'stage_rates']
+from .conv_bn import Branch, conv_args, fold_branch, fold_sequentials, is_plain, require_plain
+from .share_rate import Rate, split_runs
+from .tracing import ScriptableStage, is_tracing, traced_conv
 
-# torch 2.6 does not tell torch.export from torch.compile, whose result is the same either way
-_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+__all__ = ['SharedStage', 'SharingBlock']
 
 
 class SharingBlock(nn.Module):
@@ -51,15 +44,16 @@ class SharingBlock(nn.Module):
     after: Tuple[str, ...] = ()
     """Names of the layers after the addition of the shortcut."""
 
-    plain: Optional[type] = None
-    """The block without sharing that it is made of, if it adds nothing to its layers."""
-
     folded = False
 
     @staticmethod
     def first_shared(stage: int) -> int:
         """Index of the first block that can share, in the stage of this index: none before has a 3x3 with a stride."""
         return 1
+
+    def layers(self) -> Branch:
+        """What of the residual branch does something in evaluation, before and after the 3x3."""
+        return Branch(self, self.branch)
 
     def give_up_conv2(self) -> nn.Conv2d:
         """Remove the block's own 3x3 and return it. From then on the block needs that of its stage."""
@@ -85,15 +79,13 @@ class SharingBlock(nn.Module):
         if self.conv2 is not None:
             return self.conv2(x)
         else:
-            if (
-                conv is None
-            ):  # what iterates over blocks and calls them, such as timm's `checkpoint_seq`, would be wrong
+            if conv is None:  # as timm's `checkpoint_seq` calls it, which iterates over blocks
                 raise RuntimeError("The 3x3 of this block is its stage's: call the stage, or the block with that 3x3.")
             if torch.jit.is_scripting():
                 stride, padding, dilation, groups = self.conv2_args
                 return F.conv2d(x, conv, self.conv2_bias, stride, padding, dilation, groups)
-            elif isinstance(x, torch.fx.Proxy) or _is_exporting():
-                return self._traced(x, conv)
+            elif is_tracing(x):
+                return traced_conv(x, conv, self.conv2_bias, barrier=not self.folded)
             elif self.conv2_bias is None:
                 return conv(x)
             elif is_plain(conv):
@@ -101,144 +93,8 @@ class SharingBlock(nn.Module):
             else:
                 return conv(x) + self.conv2_bias[:, None, None]
 
-    def _traced(self, x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
-        """Apply the stage's convolution in a graph that other tools will rewrite.
 
-        FX: a function call with the stage's weight, which the FX tools fold nothing into, and which the quantizers give
-        a scale per use. Where the module must be called, as one node, which they leave alone.
-
-        torch.export: an operation without effect keeps batch norm and convolution apart for the quantizers (PT2E) and
-        delegates (XNNPACK), which see no modules. ONNX files do not have it.
-        """
-        fx = isinstance(x, torch.fx.Proxy)
-        bias = self.conv2_bias
-        if is_plain(conv):
-            x = F.conv2d(x, conv.weight, bias, *conv_args(conv))
-            bias = None
-        elif not fx:
-            x = conv(x)
-        elif type_before_parametrizations(conv) is nn.Conv2d:
-            raise RuntimeError(
-                f'The shared convolution {conv} has a hook, pruning, a parametrization or a bias, and tools that trace '
-                f'with FX would fold and quantize it wrongly. Make it plain first (torch.nn.utils.prune.remove, '
-                f'torch.nn.utils.parametrize.remove_parametrizations), or trace timm_sharesnet.unshare(model).'
-            )
-        else:
-            x = x.tracer.create_proxy('call_module', x.tracer.path_of_module(conv), (x,), {})
-        if bias is not None:
-            x = x + bias[:, None, None]
-        return x if fx or self.folded else torch.ops.aten.alias(x)
-
-
-def conv_args(conv: nn.Conv2d) -> Tuple[Any, ...]:
-    """What `F.conv2d` takes beside input, weight and bias."""
-    return conv.stride, conv.padding, conv.dilation, conv.groups
-
-
-def is_plain(conv: Optional[nn.Module], bias: bool = False) -> bool:
-    """Whether calling a module is nothing but `F.conv2d` with its weight, and with its bias where it may have one."""
-    return (
-        type(conv) is nn.Conv2d
-        and (bias or conv.bias is None)
-        and conv.padding_mode == 'zeros'
-        and 'weight' in conv._parameters  # not computed from other tensors, as pruning and old weight norm do
-        and not has_hooks(conv)
-    )
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something else happens when a module is called than its class says."""
-    names = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
-    return 'forward' in module.__dict__ or any(getattr(module, name) for name in names)
-
-
-Run = Sequence[int]
-Rate = Union[float, Sequence[Run]]
-"""How much of a stage is shared: 0 to 1, or its runs of blocks, by index."""
-
-
-ShareRate = Union[float, Sequence[Rate]]
-"""The same of all stages, or of each."""
-
-
-def split_runs(first: int, end: int, rate: Rate) -> List[Tuple[int, ...]]:
-    """Split the blocks first to end - 1 of a stage into runs, each of which uses one convolution.
-
-    Of the m blocks that can share, `m - round(rate * (m - 1))` distinct convolutions remain. The runs are consecutive
-    and as equal as possible, the longer ones last. At rate 1 there is one run, which is the paper.
-
-        >>> split_runs(1, 7, 0.5)
-        [(1,), (2,), (3, 4), (5, 6)]
-        >>> split_runs(1, 7, [[3, 1], [2, 5]])
-        [(1, 3), (2, 5), (4,), (6,)]
-
-    Args:
-        first: Index of the first block that can share.
-        end: Number of blocks.
-        rate: From 0, where no two blocks share, to 1, or the runs of blocks that share, in any order.
-
-    Returns:
-        The runs, each in the order of its blocks, in the order of their first blocks.
-
-    Raises:
-        ValueError: If the rate is no number from 0 to 1, or a run has a block that cannot share, or that is in two.
-    """
-    rate = as_python(rate)
-    if _is_number(rate):
-        if not 0 <= rate <= 1:
-            raise ValueError(f'share_rate must be from 0 to 1, or the runs of blocks that share, got {rate}.')
-        m = end - first
-        if not m:
-            return []
-        number = m - round(rate * (m - 1))
-        length, longer = divmod(m, number)
-        starts = [first]
-        for i in range(number):
-            starts.append(starts[-1] + length + (i >= number - longer))
-        return [tuple(range(*pair)) for pair in itertools.pairwise(starts)]
-    if not (isinstance(rate, list) and all(isinstance(run, list) and all(map(_is_index, run)) for run in rate)):
-        raise ValueError(
-            f'share_rate must be a number from 0 to 1, or lists of blocks that share, such as [[1, 2], [3, 4]], got '
-            f'{rate!r}.'
-        )
-    indices = [i for run in rate for i in run]
-    if not all(rate) or len(set(indices)) < len(indices) or not set(indices) <= set(range(first, end)):
-        raise ValueError(
-            f'share_rate: runs must be lists of blocks from {first} to {end - 1}, none of them twice, got {rate}.'
-        )
-    return sorted([*(tuple(sorted(run)) for run in rate), *((i,) for i in range(first, end) if i not in indices)])
-
-
-def stage_rates(share_rate: ShareRate, stages: int) -> List[Rate]:
-    """The rate of each stage, given one for all or one for each.
-
-    Raises:
-        ValueError: If it is no number, and no list with as many as there are stages.
-    """
-    rates = as_python(share_rate)
-    if _is_number(rates):
-        return [rates] * stages
-    if not (isinstance(rates, list) and len(rates) == stages):
-        raise ValueError(f'share_rate must be one number, or one for each of the {stages} stages, got {rates!r}.')
-    return rates
-
-
-def as_python(value: Any) -> Any:
-    """A rate of numbers and lists, if it was given as tuples, ranges, or scalars and arrays of numpy or torch."""
-    if hasattr(value, 'tolist'):
-        value = value.tolist()
-    return [as_python(v) for v in value] if isinstance(value, (list, tuple, range)) else value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-class SharedStage(nn.Module):
+class SharedStage(ScriptableStage):
     """A stage: `conv`, the 3x3 convolution shared by its blocks, and `blocks`.
 
     Where the blocks share several convolutions, `conv` has them by the index of the first block that uses each
@@ -314,18 +170,7 @@ class SharedStage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the blocks in order: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
         if torch.jit.is_scripting():
-            if self.several:
-                weights: Dict[str, torch.Tensor] = {}
-                for key, conv in self.conv.items():
-                    weights[key] = conv.weight
-                for i, block in enumerate(self.blocks):
-                    x = block(x, weights.get(self.keys[i]))
-            else:
-                for block in self.blocks:
-                    if self.conv is not None:
-                        x = block(x, self.conv.weight)
-                    else:
-                        x = block(x)
+            x = self.forward_scripted(x)
         else:
             for i, block in enumerate(self.blocks):
                 if self.grad_checkpointing:
@@ -336,27 +181,17 @@ class SharedStage(nn.Module):
 
     @torch.jit.unused
     def reparameterize(self) -> None:
-        """Fold the stage's batch norms, in place: timm's name for it, called by `timm.utils.reparameterize_model` and
-        so by `--reparam` of timm's scripts. See `timm_sharesnet.fold`."""
-        from .folding import fold_stage
+        """Fold the stage's batch norms, in place, see `timm_sharesnet.fold`.
 
-        fold_stage(self)
-
-    def __prepare_scriptable__(self) -> 'SharedStage':
-        """Called by `torch.jit.script`, which hands the blocks the shared weight and no module.
+        The name is timm's: `timm.utils.reparameterize_model` calls it, and so does `--reparam` of timm's scripts.
 
         Raises:
-            RuntimeError: If the weight alone would not compute what the module does.
+            ValueError: If something was added to a shared convolution (LoRA, pruning, a bias, a hook).
         """
+        require_plain(map(self.conv_of, range(len(self))))
         for i, block in enumerate(self.blocks):
-            conv = self.conv_of(i)
-            if conv is not None and not (is_plain(conv) and block.conv2_args == conv_args(conv)):
-                raise RuntimeError(
-                    f"TorchScript gets of a stage's shared convolution only the weight, and {conv} is not the "
-                    f'convolution without bias, hooks and parametrization that the stage was built with. Merge what '
-                    f'was added to it, or script timm_sharesnet.unshare(model).'
-                )
-        return self
+            fold_branch(block, block.branch, self.conv_of(i))
+        fold_sequentials(self)
 
 
 def _share(blocks: Sequence[SharingBlock]) -> nn.Conv2d:

@@ -16,10 +16,11 @@ from timm.utils import ParseKwargs
 
 from ..cli import one_line
 from ..model_args import model_args, train_options, unlike_its_name
-from ..stage import ShareRate
+from ..share_rate import ShareRate
 from ..weights import drop_repeated_args
 from . import __doc__
-from .convert import INITS, share
+from .convert import share
+from .run import INITS
 
 
 def _rate(text: str) -> ShareRate:

@@ -1,48 +1,25 @@
 """Plain nets to shared ones, with or without their weights, and back."""
 
 import copy
-import itertools
-import math
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from timm.models import create_model, is_model
 from timm.models.resnet import ResNet
 
-from ..folding import double
+from ..conv_bn import is_plain
 from ..model_args import unlike_its_name
-from ..resnet import ShaResNet
+from ..resnet import SHARING_BLOCKS, ShaResNet
 from ..resnetv2 import CifarResNetV2
-from ..stage import SharedStage, ShareRate, SharingBlock, as_python, is_plain, split_runs, stage_rates
-from .refit import Fit, calibrate, why_not_fitted
+from ..share_rate import ShareRate, as_python, split_runs, stage_rates
+from ..stage import SharedStage, SharingBlock
+from .refit import calibrate, why_not_fitted
+from .run import INITS, Merge, Run
 
-__all__ = ['share', 'unshare']
+__all__ = ['create_shared', 'share', 'unshare']
 
-INITS = 'align', 'mean', 'first', 'random'
 _SOURCES = 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'state_dict', 'url'
-_ROUNDS, _STARTS = 3, 3
-_GAIN = 1e-3  # relative, below which an alignment is done
-_SMALLEST = 0.1  # RMS of a channel / mean of all, below which it is not brought to 1: it is off, and would come on
-_OFF = 1e-6  # mean RMS of all channels below which none is: batch norm gives values near 1
-
-
-class Merge(NamedTuple):
-    """What became of a run of blocks.
-
-    Args:
-        stage: Name of the stage.
-        blocks: Indices of the blocks of the run.
-        saved: Parameters that it has less.
-        before: Mean cosine of two kernels of the run.
-        after: The same after alignment.
-    """
-
-    stage: str
-    blocks: Tuple[int, ...]
-    saved: int
-    before: float
-    after: float
 
 
 class Report(NamedTuple):
@@ -52,13 +29,8 @@ class Report(NamedTuple):
     notes: Tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [
-            f'{m.stage} blocks {m.blocks[0]} to {m.blocks[-1]}: {len(m.blocks)} kernels to 1, {m.saved:,} parameters '
-            f'saved, cosine of two kernels {m.before:.2f}, aligned {m.after:.2f}'
-            for m in self.merges
-        ]
         total = sum(m.saved for m in self.merges)
-        return '\n'.join([*lines, *self.notes, f'{total:,} parameters saved'])
+        return '\n'.join([*map(str, self.merges), *self.notes, f'{total:,} parameters saved'])
 
 
 def share(
@@ -106,7 +78,7 @@ def share(
     """
     if init not in INITS:
         raise ValueError(f'init must be one of {", ".join(INITS)}, got {init!r}.')
-    blocks = {name: list(stage) for name, stage in _plain_stages(model).items()}
+    _plain_stages(model)
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ValueError('The model is on the meta device and has no values to share: load its weights first.')
     infinite = _not_finite(model)
@@ -116,26 +88,27 @@ def share(
     synchronised = [m for m in shared.modules() if type(m) is nn.SyncBatchNorm]
     for m in synchronised:  # each process has all images
         m.__class__ = nn.BatchNorm2d
-    runs = _share_stages(shared, rate)
-    merges: List[Merge] = []
-    fits: List[Fit] = []
+    stage_runs = _share_stages(shared, rate)
+    runs: List[Run] = []
     notes: List[str] = []
     with torch.no_grad():
-        for name, stage_runs in runs.items():
-            stage = shared.get_submodule(name)
-            for run in stage_runs:
-                kernels = [blocks[name][i].conv2 for i in run]
-                merge, fit = _merge(stage, name, run, kernels, init, notes)
-                merges.append(merge)
-                fits.append(fit)
-                if images is not None and refit and why_not_fitted(stage[run[0]]):
-                    notes.append(f'{name}: {why_not_fitted(stage[run[0]])}')
+        for name, indices_of_runs in stage_runs.items():
+            stage, plain = shared.get_submodule(name), list(model.get_submodule(name))
+            for indices in indices_of_runs:
+                run = Run(name, stage, indices, [plain[i].conv2.weight for i in indices])
+                run.merge(init)
+                runs.append(run)
+                if init == 'align' and run.conv.groups > 1:
+                    notes.append(f'{name}: grouped convolutions are not aligned, their mean was taken')
+                why = why_not_fitted(run.blocks[0])
+                if images is not None and refit and why:
+                    notes.append(f'{name}: {why}')
         if images is not None:
-            calibrate(shared, model, runs, fits if refit else [], images, progress)
+            calibrate(shared, model, stage_runs, runs if refit else [], images, progress)
             frozen = sum(type(m).__name__.startswith('FrozenBatchNorm') for m in shared.modules())
             if frozen:
                 notes.append(f'{frozen} batch norms are frozen and keep their statistics, which may not fit')
-        elif merges:
+        elif runs:
             notes.append('no images were given: the statistics of batch norms do not fit, and nothing is refitted')
     infinite = _not_finite(shared)
     if infinite:
@@ -143,7 +116,7 @@ def share(
     for m in synchronised:
         m.__class__ = nn.SyncBatchNorm
     notes.append(_name_shared(shared, rate))
-    shared.share_report = Report(tuple(merges), tuple(filter(None, dict.fromkeys(notes))))
+    shared.share_report = Report(tuple(run.report() for run in runs), tuple(filter(None, dict.fromkeys(notes))))
     return shared
 
 
@@ -199,7 +172,7 @@ def _plain_stages(model: nn.Module) -> Dict[str, nn.Module]:
         if isinstance(stage, SharedStage) and (stage.conv is not None or any(block.folded for block in stage)):
             raise ValueError(f'{name} is shared or folded already: share the net that it was made of, or unshare it.')
         for i, block in enumerate(stage):
-            if not isinstance(block, SharingBlock) and type(block) not in _SHARING:
+            if not isinstance(block, SharingBlock) and type(block) not in SHARING_BLOCKS:
                 raise TypeError(f'{name}.{i} is a {type(block).__name__}, only BasicBlock and Bottleneck can share.')
             if not is_plain(block.conv2):
                 raise ValueError(
@@ -213,9 +186,6 @@ def _stage_names(model: nn.Module) -> List[str]:
     return [info['module'] for info in model.feature_info[1:]]
 
 
-_SHARING = {kind.plain: kind for kind in SharingBlock.__subclasses__() if kind.plain}
-
-
 def _share_stages(model: nn.Module, rate: ShareRate) -> Dict[str, List[Tuple[int, ...]]]:
     """Turn the stages of a plain net into shared ones, in place. Returns the runs that share, by stage."""
     stages = _plain_stages(model)
@@ -225,7 +195,7 @@ def _share_stages(model: nn.Module, rate: ShareRate) -> Dict[str, List[Tuple[int
     for name, stage in stages.items():
         i, blocks = names.index(name), list(stage)
         for block in blocks:
-            block.__class__ = _SHARING.get(type(block), type(block))  # they add no attribute to timm's
+            block.__class__ = SHARING_BLOCKS.get(type(block), type(block))  # they add no attribute to timm's
         first = blocks[0].first_shared(i)
         runs[name] = [run for run in split_runs(first, len(blocks), rates[i]) if len(run) > 1]
         shared = SharedStage(blocks, first, rates[i])
@@ -244,208 +214,6 @@ def create_shared(base: str, rate: ShareRate, **kwargs: Any) -> nn.Module:
     model = create_model(base, **kwargs)
     _share_stages(model, rate)
     return model
-
-
-# ---- The kernel of a run
-
-
-def _merge(
-    stage: SharedStage,
-    name: str,
-    run: Sequence[int],
-    convs: Sequence[nn.Conv2d],
-    init: str,
-    notes: List[str],
-) -> Tuple[Merge, Fit]:
-    """Set the convolution that the blocks of a run share, given those that they had. The blocks are adapted to it."""
-    blocks = [stage[i] for i in run]
-    kernels = [_normalize(block, double(conv.weight)) for block, conv in zip(blocks, convs, strict=True)]
-    before = after = _mean_cosine(kernels)
-    if init == 'align' and convs[0].groups == 1:
-        outputs = 'conv3' in blocks[0].branch  # else they are added to the stream, whose channels have their order
-        for i, (ins, outs) in enumerate(_align(kernels, outputs)):
-            kernels[i] = kernels[i][outs][:, ins]
-            _permute(blocks[i], ins, outs)
-        after = _mean_cosine(kernels)
-    elif init == 'align':
-        notes.append(f'{name}: grouped convolutions are not aligned, their mean was taken')
-    norms = [_norm(kernel) for kernel in kernels]
-    if init == 'first':
-        kernel = kernels[0]
-    elif init == 'random':
-        kernel = torch.randn_like(kernels[0]) / math.sqrt(kernels[0][0].numel())
-    else:
-        kernel = sum(kernels) / len(kernels)  # type: ignore[assignment]
-        kernel = kernel * (sum(norms) / len(norms) / _norm(kernel))
-    for i, (block, norm) in enumerate(zip(blocks, norms, strict=True)):
-        if _norm_after(block) is None and kernel.any():  # its scale would be lost
-            scale = kernels[i].norm() / _norm(kernel)
-            _scale_input(block, scale.expand(kernel.shape[1]))
-            kernels[i] = kernels[i] * (_norm(kernel) / norm)
-    conv = stage.conv_of(run[0])
-    conv.weight.copy_(kernel)
-    saved = (len(run) - 1) * conv.weight.numel()
-    merge = Merge(name, tuple(run), saved, before, after)
-    fitted = init in ('align', 'mean') and convs[0].groups == 1
-    return merge, Fit(name, tuple(run), kernels if fitted else None, _norm_after(blocks[0]) is not None)
-
-
-def _norm(kernel: torch.Tensor) -> torch.Tensor:
-    """To divide by, also that of a kernel of zeros."""
-    return kernel.norm().clamp(min=torch.finfo(kernel.dtype).tiny)
-
-
-def _layers(block: SharingBlock) -> Tuple[List[str], List[str]]:
-    """Names of the layers between the block's first convolution and its 3x3, and after the 3x3."""
-    names = [name for name in block.branch if name == 'conv2' or getattr(block, name) is not None]
-    i = names.index('conv2')
-    return names[names.index('conv1') + 1 : i], names[i + 1 :]
-
-
-def _norm_before(block: SharingBlock) -> Optional[nn.BatchNorm2d]:
-    """The batch norm that scales the inputs of the 3x3, if what lies between passes a scale on."""
-    layers = [getattr(block, name) for name in _layers(block)[0]]
-    norms = [layer for layer in layers if type(layer) is nn.BatchNorm2d and layer.affine]
-    acts = [layer for layer in layers if isinstance(layer, (nn.ReLU, nn.LeakyReLU))]
-    return norms[0] if len(norms) == 1 and len(acts) == 1 else None
-
-
-def _norm_after(block: SharingBlock) -> Optional[nn.BatchNorm2d]:
-    names = _layers(block)[1]
-    norm = getattr(block, names[0]) if names else None
-    return norm if type(norm) is nn.BatchNorm2d and norm.track_running_stats else None
-
-
-def _scale_input(block: SharingBlock, scale: torch.Tensor) -> None:
-    """Multiply the inputs of the 3x3, one factor a channel, where a batch norm can do it."""
-    norm = _norm_before(block)
-    if norm is not None:
-        norm.weight.mul_(scale.to(norm.weight))
-        norm.bias.mul_(scale.to(norm.bias))
-
-
-def _normalize(block: SharingBlock, kernel: torch.Tensor) -> torch.Tensor:
-    """The kernel in units in which its inputs have an RMS of 1 and its outputs a variance of 1. The block computes the
-    same with it: its batch norms are adapted."""
-    norm = _norm_before(block)
-    if norm is not None and kernel.shape[1] == norm.num_features:
-        rms = _rms_after_relu(double(norm.weight), double(norm.bias))
-        if rms.mean() > _OFF:
-            rms = rms.clamp(min=_SMALLEST * rms.mean().item())
-            kernel = kernel * rms[None, :, None, None]
-            _scale_input(block, 1 / rms)
-    norm = _norm_after(block)
-    if norm is not None:
-        std = (double(norm.running_var) + norm.eps).sqrt()
-        kernel = kernel / std[:, None, None, None]
-        norm.running_mean.div_(std.to(norm.running_mean))
-        norm.running_var.fill_(1 - norm.eps)
-    return kernel
-
-
-def _rms_after_relu(scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """RMS of relu(z) for z normally distributed with the mean and standard deviation that batch norm gives."""
-    scale = scale.abs().clamp(min=1e-12)
-    ratio = shift / scale
-    density = torch.exp(-0.5 * ratio**2) / math.sqrt(2 * math.pi)
-    moment = (shift**2 + scale**2) * torch.special.ndtr(ratio) + shift * scale * density
-    return moment.clamp(min=0).sqrt()
-
-
-def _permute(block: SharingBlock, ins: torch.Tensor, outs: torch.Tensor) -> None:
-    """Reorder the channels into and out of the block's 3x3. What the block computes stays the same."""
-    before, after = _layers(block)
-    _reorder(block.conv1, ins)
-    for name in before:
-        _reorder(getattr(block, name), ins)
-    if 'conv3' in after:
-        for name in after[: after.index('conv3')]:
-            _reorder(getattr(block, name), outs)
-        block.conv3.weight.copy_(block.conv3.weight[:, outs])
-
-
-def _reorder(layer: nn.Module, order: torch.Tensor) -> None:
-    """Reorder the outputs of a layer: what it has one of for each channel."""
-    for tensor in itertools.chain(layer.parameters(), layer.buffers()):
-        if tensor.ndim and len(tensor) == len(order):
-            tensor.copy_(tensor[order])
-
-
-def _mean_cosine(kernels: Sequence[torch.Tensor]) -> float:
-    units = torch.stack([kernel.flatten() / _norm(kernel) for kernel in kernels])
-    n = len(kernels)
-    return ((units @ units.T).sum().item() - n) / (n * (n - 1))
-
-
-# ---- Alignment
-
-
-def _align(kernels: Sequence[torch.Tensor], outputs: bool) -> List[Tuple[torch.Tensor, torch.Tensor]]:
-    """Orders of the inputs and outputs of each kernel that bring it near to the mean of the others."""
-    generator = torch.Generator().manual_seed(0)
-    identity = torch.arange(kernels[0].shape[1]), torch.arange(kernels[0].shape[0])
-    orders = [identity]
-    for k, kernel in enumerate(kernels[1:], start=1):
-        target = sum(_ordered(kernels[i], orders[i]) for i in range(k))
-        orders.append(_match(target, kernel, outputs, _starts(target, kernel, outputs, generator)))
-    for _ in range(_ROUNDS):
-        total = sum(_ordered(kernel, order) for kernel, order in zip(kernels, orders, strict=True))
-        for k, kernel in enumerate(kernels):
-            total = total - _ordered(kernel, orders[k])
-            orders[k] = _match(total, kernel, outputs, [orders[k]])
-            total = total + _ordered(kernel, orders[k])
-    return orders
-
-
-def _ordered(kernel: torch.Tensor, order: Tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    ins, outs = order
-    return kernel[outs][:, ins]
-
-
-def _starts(
-    target: torch.Tensor, kernel: torch.Tensor, outputs: bool, generator: torch.Generator
-) -> List[Tuple[torch.Tensor, torch.Tensor]]:
-    """Where to start: an order by what does not depend on the other side's (sorted values), and random ones."""
-    o, i = kernel.shape[:2]
-    if not outputs:
-        return [(torch.arange(i), torch.arange(o))]
-    signatures = [k.flatten(2).permute(0, 2, 1).sort(dim=2).values.flatten(1) for k in (target, kernel)]
-    outs = _assign(-torch.cdist(*(signature / _norm(signature) for signature in signatures)))
-    random = [torch.randperm(o, generator=generator) for _ in range(_STARTS - 1)]
-    return [(_best_inputs(target, kernel[order]), order) for order in (outs, *random)]
-
-
-def _match(
-    target: torch.Tensor, kernel: torch.Tensor, outputs: bool, starts: Sequence[Tuple[torch.Tensor, torch.Tensor]]
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The orders of inputs and outputs with the largest product of kernel and target, one side after the other."""
-    best, best_score = starts[0], 0.0  # an order with a positive product there always is
-    for ins, outs in starts:
-        score = 0.0
-        while True:
-            ins = _best_inputs(target, kernel[outs])
-            if outputs:
-                outs = _assign(target.flatten(1) @ kernel[:, ins].flatten(1).T)
-            new = (target * _ordered(kernel, (ins, outs))).sum().item()
-            if new <= score * (1 + _GAIN):
-                break
-            score = new
-        if score > best_score:
-            best, best_score = (ins, outs), score
-    return best
-
-
-def _best_inputs(target: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-    return _assign(target.transpose(0, 1).flatten(1) @ kernel.transpose(0, 1).flatten(1).T)
-
-
-def _assign(gain: torch.Tensor) -> torch.Tensor:
-    """Which column goes to each row, for the largest sum (linear sum assignment)."""
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as e:
-        raise ImportError("init='align' needs scipy: pip install 'timm-sharesnet[share]', or take init='mean'") from e
-    return torch.from_numpy(linear_sum_assignment(gain.numpy(), maximize=True)[1])
 
 
 # ---- Back
@@ -495,12 +263,12 @@ def unshare(model: nn.Module) -> nn.Module:
 
 
 def _plain_stage(stage: SharedStage) -> nn.Module:
+    plain_blocks = {shared: plain for plain, shared in SHARING_BLOCKS.items()}
     for i, block in enumerate(stage.blocks):
         conv = stage.conv_of(i)
         if conv is not None:
             block.take_conv2(copy.deepcopy(conv))
-        if block.plain is not None:
-            block.__class__ = block.plain
+        block.__class__ = plain_blocks.get(type(block), type(block))
     if any(isinstance(block, SharingBlock) for block in stage.blocks):
         del stage.conv
         stage.conv, stage.several = None, False
