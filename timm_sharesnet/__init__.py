@@ -8,7 +8,17 @@ torch imports this file at the end of `import torch`, so it must stay light: it 
 offers its names lazily (PEP 562).
 """
 
+from typing import TYPE_CHECKING
+
 from . import _autoload
+
+if TYPE_CHECKING:  # what type checkers and editors see
+    from .folding import fold
+    from .resnet import ShaBasicBlock, ShaBottleneck, ShaResNet
+    from .resnetv2 import CifarResNetV2, PreActBottleneck, PreActWideBasic
+    from .sharing import share, unshare
+    from .stage import SharedStage, SharingBlock
+    from .torch7 import load_torch7
 
 __version__ = '0.1.0'
 __all__ = [
@@ -26,28 +36,23 @@ __all__ = [
     'unshare',
 ]
 
-_MODULES = {
-    'CifarResNetV2': 'resnetv2',
-    'PreActBottleneck': 'resnetv2',
-    'PreActWideBasic': 'resnetv2',
-    'ShaBasicBlock': 'resnet',
-    'ShaBottleneck': 'resnet',
-    'ShaResNet': 'resnet',
-    'SharedStage': 'stage',
-    'SharingBlock': 'stage',
-    'fold': 'folding',
-    'load_torch7': 'torch7',
-    'share': 'sharing',
-    'unshare': 'sharing',
+_FILES = {
+    'folding': ['fold'],
+    'resnet': ['ShaBasicBlock', 'ShaBottleneck', 'ShaResNet'],
+    'resnetv2': ['CifarResNetV2', 'PreActBottleneck', 'PreActWideBasic'],
+    'sharing': ['share', 'unshare'],
+    'stage': ['SharedStage', 'SharingBlock'],
+    'torch7': ['load_torch7'],
 }
 
 
 def __getattr__(name):
-    if name not in _MODULES:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from importlib import import_module
+    for file, names in _FILES.items():
+        if name in names:
+            from importlib import import_module
 
-    return getattr(import_module(f'.{_MODULES[name]}', __name__), name)
+            return getattr(import_module(f'.{file}', __name__), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__():
