@@ -13,9 +13,9 @@ import torch
 Order = Tuple[torch.Tensor, torch.Tensor]
 """Orders of the inputs and of the outputs of a kernel."""
 
-_ROUNDS = 3  # in which each kernel is brought to the mean of the others: later ones hardly move any
-_STARTS = 3  # for each kernel, as the turns end in the optimum next to their start
-_GAIN = 1e-3  # relative, below which the turns end
+_ROUNDS = 3  # in which each kernel is brought to the mean of the others: the second already moves hardly any
+_STARTS = 3  # for each kernel, as turns end in the optimum next to their start: ten hardly find a better one
+_GAIN = 1e-3  # relative, below which the turns end: far below what another start makes
 
 
 def align(kernels: Sequence[torch.Tensor], outputs: bool) -> List[Order]:
