@@ -74,12 +74,13 @@ def test_characters_that_an_encoding_lacks_are_escaped(monkeypatch: pytest.Monke
 
     @command('try')
     def main(argv: Sequence[str]) -> None:
-        print('\u043a.png')
-        raise CommandError('\u043a.png')
+        print('\u043a \udce4.png')  # the second a byte that is no UTF-8, as Python has it
+        raise CommandError('\u043a  \udce4\x1b\n.png')
 
     assert main([]) == 2
-    expected = '\u043a' if encoding == 'utf-8' else '\\u043a'
-    for stream, text in (sys.stdout, f'{expected}.png\n'), (sys.stderr, f'try: {expected}.png\n'):
+    letter = '\u043a' if encoding == 'utf-8' else '\\u043a'
+    lines = f'{letter} \\udce4.png\n', f'try: {letter}  \\udce4\\x1b .png\n'
+    for stream, text in zip((sys.stdout, sys.stderr), lines, strict=True):
         stream.flush()
         stream.buffer.seek(0)
         assert stream.buffer.read().decode(encoding) == text

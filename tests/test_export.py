@@ -19,18 +19,18 @@ from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
 from timm_sharesnet import SharedStage, fold, unshare
+from timm_sharesnet.cli import CommandError
 from timm_sharesnet.export import (
-    ExportError,
     export,
     export_onnx,
     inspect,
-    load_model,
     main,
     open_session,
     quantize,
     run,
     session_memory,
 )
+from timm_sharesnet.loading import load_model
 
 kinds = pytest.mark.parametrize('kind', SMALL)
 slow = pytest.mark.slow
@@ -242,7 +242,7 @@ def test_force_replaces_the_files_of_before(tmp_path: Path) -> None:
 
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(sys.modules['timm_sharesnet.export'], 'fold', lambda model: small('preact'))
-    with pytest.raises(ExportError, match='differs from the net'):
+    with pytest.raises(CommandError, match='differs from the net'):
         list(export(small('wide'), tmp_path / 'net.onnx'))
     assert not list(tmp_path.iterdir())
 
@@ -274,20 +274,20 @@ def test_a_net_without_values_is_refused(tmp_path: Path) -> None:
     part = small('wide')
     part.norm.to('meta')
     for model in timm.create_model('shawrn40_4', device='meta').eval(), part:
-        with pytest.raises(ExportError, match='on the meta device and has no values to write: load its weights first'):
+        with pytest.raises(CommandError, match='on the meta device and has no values to write: load its weights first'):
             list(export(model, tmp_path / 'net.onnx'))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_net_of_several_outputs_is_refused_and_nothing_written(tmp_path: Path) -> None:
     model = create('sharesnet164_cifar', layers=(2, 2, 2), features_only=True)
-    with pytest.raises(ExportError, match='the net gives a list, and a file is written of one that gives a tensor'):
+    with pytest.raises(CommandError, match='the net gives a list, and a file is written of one that gives a tensor'):
         list(export(model, tmp_path / 'net.onnx', (3, 32, 32)))
     assert not any(tmp_path.iterdir())
 
 
 def test_images_of_another_size_are_refused_as_torch_says_it(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r'does not take images of \(1, 32, 32\): .*to have 3 channels'):
+    with pytest.raises(CommandError, match=r'does not take images of \(1, 32, 32\): .*to have 3 channels'):
         list(export(small('wide').half(), tmp_path / 'net.onnx', (1, 32, 32)))
     assert not list(tmp_path.iterdir())
 
@@ -326,9 +326,9 @@ def test_a_full_disk_is_said_in_one_line_and_nothing_is_left(
 
 def test_what_onnx_runtime_cannot_do_is_said_with_the_folder_that_may_be_full(tmp_path: Path) -> None:
     (tmp_path / 'bad.onnx').write_bytes(b'no model')
-    with pytest.raises(ExportError, match='^bad.onnx cannot be optimised, with temporary files in .*Protobuf'):
+    with pytest.raises(CommandError, match='^bad.onnx cannot be optimised, with temporary files in .*Protobuf'):
         inspect(tmp_path / 'bad.onnx')
-    with pytest.raises(ExportError, match='^bad.onnx cannot be quantized, with temporary files in '):
+    with pytest.raises(CommandError, match='^bad.onnx cannot be quantized, with temporary files in '):
         quantize(tmp_path / 'bad.onnx', tmp_path / 'int8.onnx', [images(small('wide')).numpy()])
     assert [path.name for path in tmp_path.iterdir()] == ['bad.onnx']
 

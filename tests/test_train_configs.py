@@ -10,7 +10,8 @@ import yaml
 from models import SHARED, TWINS
 from train_options import TABLE, table
 
-from timm_sharesnet.preflight import VERSIONS, PreflightError, check_config, train_options
+from timm_sharesnet.preflight import PreflightError, check_config, train_options
+from timm_sharesnet.preflight.options import VERSIONS
 
 ROOT = Path(__file__).parents[1]
 TIMM_REPO = Path(os.environ.get('TIMM_REPO') or ROOT.parent / 'pytorch-image-models')

@@ -26,7 +26,7 @@ import logging
 import re
 import sys
 import warnings
-from typing import Any, Callable, Iterable, Iterator, List, NoReturn, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Iterable, Iterator, List, Mapping, NoReturn, Optional, Sequence, Tuple, Type
 
 _LONGEST = 2000  # characters of a line
 
@@ -135,14 +135,21 @@ def _joined(text: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = '') -> str:
-    """The end of a sentence on a name that is not known: up to three that are near to it, or another end."""
+    """The end of a sentence on a name that is not known.
+
+    Args:
+        name: What was given.
+        known: The names that there are, or spellings with the names that they are for.
+        otherwise: How to end the sentence if none is near.
+    """
     close = difflib.get_close_matches(name, list(known), 3)
-    return f', did you mean {" or ".join(close)}?' if close else otherwise
+    names = dict.fromkeys(known[c] for c in close) if isinstance(known, Mapping) else close
+    return f', did you mean {" or ".join(names)}?' if close else otherwise
 
 
-def one_line(error: Exception, path: str) -> str:
-    """What ended a command. One of the system begins with its file, or with the given one if it knows none."""
-    if isinstance(error, CommandError):
-        return reason(error)
-    named = (error.filename2 or error.filename) if isinstance(error, OSError) else None
-    return f'{named or path}: {reason(error)}'
+def positive(text: str) -> int:
+    """The type of an option that takes a positive integer."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'must be positive, not {text}')
+    return number

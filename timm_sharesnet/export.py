@@ -14,39 +14,29 @@ splits. Weights beyond 16 MB are in FILE.onnx_data beside the file, which ONNX R
 copy. Nothing is written if anything is wrong. Exit code 0, or 2 and one line that says what is.
 """
 
-import argparse
 import contextlib
 import copy
 import itertools
 import json
-import logging
 import math
 import os
 import subprocess
 import sys
 import tempfile
-import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterator, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Set, Tuple, Union
 from unittest import mock
 
-import timm
 import torch
 import torch.nn as nn
-from timm.models import load_state_dict
-from timm.utils import ParseKwargs
 
-from .cli import CommandError as ExportError
-from .cli import one_line, reason
+from .cli import CommandError, Parser, command, concerning, reason
 from .folding import fold
-from .images import FolderImages, image_size
-from .model_args import other_net, record_args
-from .preflight.checkpoints import unreadable
-from .weights import unknown_model
+from .images import FolderImages, add_calibration_arguments, image_size
+from .loading import add_model_arguments, load_model
 
 __all__ = [
     'Contents',
-    'ExportError',
     'Memory',
     'export',
     'export_onnx',
@@ -93,12 +83,12 @@ class Memory(NamedTuple):
 
 
 def require(*names: str) -> None:
-    """Raise an ExportError that names the extra if a package is not installed."""
+    """Raise a CommandError that names the extra if a package is not installed."""
     for name in names:
         try:
             __import__(name)
         except ImportError as e:
-            raise ExportError(f"{name} is not installed: pip install 'timm-sharesnet[onnx]'") from e
+            raise CommandError(f"{name} is not installed: pip install 'timm-sharesnet[onnx]'") from e
 
 
 # Writing
@@ -170,7 +160,7 @@ def _temporary(fault: str) -> Iterator[Path]:
         try:
             yield Path(folder)
         except Exception as e:
-            raise ExportError(f'{fault}, with temporary files in {tempfile.gettempdir()}: {reason(e)}') from e
+            raise CommandError(f'{fault}, with temporary files in {tempfile.gettempdir()}: {reason(e)}') from e
 
 
 def quantize(path: Union[str, Path], target: Union[str, Path], batches: Sequence[Any]) -> None:
@@ -258,91 +248,56 @@ def inspect(path: Union[str, Path]) -> Contents:
     return Contents(size, len(kernels), uses, weight_bytes)
 
 
+# Loads a file in ONNX Runtime
+LOAD = """
+import numpy, onnxruntime
+
+def load(path, *entries):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    for entry in entries:
+        options.add_session_config_entry(*entry.split('='))
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    node = session.get_inputs()[0]
+    return lambda: session.run(None, {node.name: numpy.zeros([1, *node.shape[1:]], 'float32')})
+"""
+
 _MEASURE = """
 import ctypes, json, re, sys
-import numpy, onnxruntime
 
 def rss(key='VmRSS'):
     return int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024
 
-options = onnxruntime.SessionOptions()
-options.log_severity_level = 3
-for key, value in json.loads(sys.argv[2]).items():
-    options.add_session_config_entry(key, value)
 before = rss()
-session = onnxruntime.InferenceSession(sys.argv[1], options, providers=['CPUExecutionProvider'])
+infer = load(*sys.argv[1:])
 loaded = rss()
 getattr(ctypes.CDLL(None), 'malloc_trim', int)(0)  # glibc's
 held = rss()
-node = session.get_inputs()[0]
-images = numpy.zeros([1, *node.shape[1:]], 'float32')
 for _ in range(3):
-    session.run(None, {node.name: images})
+    infer()
 print(json.dumps([loaded - before, held - before, rss('VmHWM') - before]))
 """
 
 
-def session_memory(path: Union[str, Path], entries: Optional[Dict[str, str]] = None) -> Optional[Memory]:
+def session_memory(path: Union[str, Path], *arguments: str, load: str = LOAD) -> Optional[Memory]:
     """Measure by how much a fresh process grows when it opens a file in ONNX Runtime. None where there is no `/proc`.
 
     Args:
         path: ONNX file.
-        entries: Entries of the session's configuration, such as {'session.disable_prepacking': '1'}.
+        arguments: Entries of the session's configuration, such as 'session.disable_prepacking=1'.
+        load: Code of another runtime that defines `load(path, *arguments)`, which returns a function that infers.
     """
     if not os.path.exists('/proc/self/status'):
         return None
-    command = [sys.executable, '-c', _MEASURE, str(path), json.dumps(entries or {})]
-    result = subprocess.run(command, capture_output=True, text=True)
+    process = [sys.executable, '-c', load + _MEASURE, str(path), *arguments]
+    result = subprocess.run(process, capture_output=True, text=True)
     if result.returncode:
-        raise ExportError(f'{path} cannot be opened in a process of its own: {result.stderr.strip().splitlines()[-1:]}')
+        said = result.stderr.strip().splitlines()[-1:]
+        raise CommandError(f'{path} cannot be opened in a process of its own: {said}')
     return Memory(*json.loads(result.stdout))
 
 
 # The command
-
-
-def load_model(
-    name: str,
-    checkpoint: Optional[Union[str, Path]] = None,
-    num_classes: Optional[int] = None,
-    in_chans: Optional[int] = None,
-    model_kwargs: Optional[Dict[str, Any]] = None,
-) -> nn.Module:
-    """Create a model with weights: those of a checkpoint, averaged if it has them, or the pretrained ones.
-
-    Raises:
-        ExportError: If there is no such model, or the weights are not its own.
-    """
-    if ':' not in name and (unknown := unknown_model(name)):
-        raise ExportError(unknown)
-    kwargs = {'num_classes': num_classes, 'in_chans': in_chans, **(model_kwargs or {})}
-    kwargs = {k: v for k, v in kwargs.items() if v is not None}
-    state_dict = None
-    if checkpoint is not None:
-        if not os.path.isfile(checkpoint):
-            raise ExportError(f'there is no file {checkpoint}')
-        try:
-            state_dict = load_state_dict(str(checkpoint), use_ema=True)
-        except Exception as e:  # torch.load raises many kinds at a damaged file
-            raise ExportError(f'{checkpoint} {unreadable(e)}') from e
-    try:
-        model: Any = timm.create_model(name, pretrained=checkpoint is None, **kwargs)
-    except Exception as e:
-        raise ExportError(f'{name} cannot be created: {e}') from e
-    record_args(model, name, kwargs)
-    if state_dict is not None:
-        try:
-            model.load_state_dict(state_dict, strict=True)
-        except (RuntimeError, AttributeError) as e:
-            reason = ' '.join(str(e).split())[:300]
-            raise ExportError(
-                f'{checkpoint} is no checkpoint of {name} with these arguments (--num-classes, --in-chans, '
-                f'--model-kwargs): {reason}'
-            ) from e
-        other = other_net(str(checkpoint), model)
-        if other:
-            raise ExportError(f'{checkpoint} {other}')
-    return model.eval()
 
 
 def export(
@@ -367,12 +322,12 @@ def export(
         force: Overwrite files that exist.
 
     Raises:
-        ExportError: If files exist, an image cannot be read, or a file does not compute what the net does. Nothing is
+        CommandError: If files exist, an image cannot be read, or a file does not compute what the net does. Nothing is
             written then.
     """
     output = Path(output)
     if output.suffix != '.onnx' or not output.parent.is_dir():
-        raise ExportError(f'{output} must end in .onnx and lie in a folder that exists')
+        raise CommandError(f'{output} must end in .onnx and lie in a folder that exists')
     names = {'fp32': output.name}
     if fp16:
         names['fp16'] = f'{output.stem}_fp16.onnx'
@@ -380,21 +335,21 @@ def export(
         names['int8'] = f'{output.stem}_quantized.onnx'
     existing = [f for n in names.values() for f in (n, f'{n}_data') if (output.parent / f).exists()]
     if existing and not force:
-        raise ExportError(f'{output.parent / existing[0]} exists already (--force overwrites)')
+        raise CommandError(f'{output.parent / existing[0]} exists already (--force overwrites)')
     model = _fp32_on_cpu(model)
     size = input_size or image_size(model)
     try:
         folded = fold(model)
     except (TypeError, ValueError) as e:
-        raise ExportError(str(e)) from e
+        raise CommandError(reason(e)) from e
     try:
         probe = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             expected = model(probe)
     except RuntimeError as e:
-        raise ExportError(f'the net does not take images of {size}: {e}') from e
+        raise CommandError(f'the net does not take images of {size}: {reason(e)}') from e
     if not isinstance(expected, torch.Tensor):
-        raise ExportError(
+        raise CommandError(
             f'the net gives a {type(expected).__name__}, and a file is written of one that gives a tensor'
         )
     images, calibrated, calibration = None, [], []
@@ -412,7 +367,7 @@ def export(
             found = torch.from_numpy(run(open_session(paths[kind]), probe.numpy()))
             error = ((found - expected).abs().max() / expected.abs().max()).item()
             if not error <= TOLERANCE[kind]:
-                raise ExportError(f'{names[kind]} differs from the net by {error:.1e} of its largest output')
+                raise CommandError(f'{names[kind]} differs from the net by {error:.1e} of its largest output')
             yield _describe(paths[kind], f'largest difference {error:.0e} of the largest output')
         if images is not None:
             yield from _export_int8(paths['fp32'], paths['int8'], images, calibrated, calibration)
@@ -426,7 +381,7 @@ def export(
 def _fp32_on_cpu(model: nn.Module) -> nn.Module:
     """A copy of a net as it is written and compared with, wherever it is and in whatever precision."""
     if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
-        raise ExportError('the model is on the meta device and has no values to write: load its weights first')
+        raise CommandError('the model is on the meta device and has no values to write: load its weights first')
     return copy.deepcopy(model).to('cpu', torch.float32)
 
 
@@ -457,61 +412,30 @@ def _describe(path: Path, agreement: str) -> str:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ExportError(message)
-
-
-def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = _Parser(
-        prog='python -m timm_sharesnet.export',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # --model is not --model-kwargs
-    )
-    parser.add_argument('model', metavar='MODEL')
+@command('export')
+def main(argv: Sequence[str]) -> None:
+    """The command line, see the module."""
+    parser = Parser(prog='python -m timm_sharesnet.export', description=__doc__)
+    add_model_arguments(parser)
     parser.add_argument('--output', required=True, metavar='FILE.onnx', help='file to write')
-    parser.add_argument('--checkpoint', metavar='FILE', help='weights to take in place of the pretrained ones')
-    parser.add_argument('--num-classes', type=int, metavar='N', help="the checkpoint's classes, if not the default")
-    parser.add_argument('--in-chans', type=int, metavar='N', help="the checkpoint's input channels, likewise")
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
     parser.add_argument('--img-size', type=int, metavar='PX', help="height and width, the model's by default")
     parser.add_argument('--fp16', action='store_true', help='write a file in half precision, too')
     parser.add_argument('--int8', action='store_true', help='write a quantized file, too')
-    parser.add_argument('--calibration-dir', metavar='DIR', help='folder of images that int8 is calibrated with')
-    parser.add_argument('--calibration-images', type=int, default=256, metavar='N', help='how many of them (256)')
+    add_calibration_arguments(parser, 256)
     parser.add_argument('--force', action='store_true', help='overwrite existing files')
-    try:
-        return parser.parse_args(argv)
-    except ValueError as e:  # of ParseKwargs
-        raise ExportError('--model-kwargs must be KEY=VALUE') from e
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command line, see the module. Returns the exit code, 0 or 2."""
-    try:
-        args = _parse_args(argv)
-        require('onnx', 'onnxscript', 'onnxruntime')
-        if args.int8 != (args.calibration_dir is not None):
-            raise ExportError('--int8 and --calibration-dir go together')
-        if args.calibration_images < 1:
-            raise ExportError(f'--calibration-images must be positive, got {args.calibration_images}')
-        model = load_model(args.model, args.checkpoint, args.num_classes, args.in_chans, args.model_kwargs)
+    args = parser.parse_args(argv)
+    require('onnx', 'onnxscript', 'onnxruntime')
+    if args.int8 != (args.calibration_dir is not None):
+        raise CommandError('--int8 and --calibration-dir go together')
+    with concerning(args.output):
+        model = load_model(**vars(args))
         size = image_size(model)
         if args.img_size is not None:
             size = (size[0], args.img_size, args.img_size)
         dir_, count = args.calibration_dir, args.calibration_images
         for line in export(model, args.output, size, args.fp16, dir_, count, args.force):
             print(line, flush=True)
-    except (ExportError, OSError) as e:
-        print('export:', one_line(e, args.output), file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == '__main__':
-    for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]  # paths that a terminal cannot show
-    logging.disable()  # the remarks of exporter and quantizer are not for the user
-    warnings.simplefilter('ignore')
     sys.exit(main())

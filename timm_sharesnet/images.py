@@ -1,5 +1,6 @@
 """Images of a folder, without labels, as a model takes them: what it is calibrated with."""
 
+import argparse
 import math
 import os
 from pathlib import Path
@@ -13,11 +14,19 @@ from timm.data.loader import adapt_to_chs
 from timm.data.readers import create_reader
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from .cli import CommandError, reason
+from .cli import CommandError, positive, reason
 
 _MODES = {1: 'L', 3: 'RGB'}  # that train.py reads images in, by the channels of a model
 _TRAIN = 'train', 'training'  # timm's names of splits
 _SPLITS = (*_TRAIN, 'val', 'valid', 'validation', 'eval', 'evaluation', 'test', 'testing')
+
+
+def add_calibration_arguments(parser: argparse.ArgumentParser, count: int) -> None:
+    """Add the arguments that name images to calibrate with."""
+    parser.add_argument('--calibration-dir', metavar='DIR', help='folder of images, in subfolders or not')
+    parser.add_argument(
+        '--calibration-images', type=positive, default=count, metavar='N', help=f'how many of them ({count})'
+    )
 
 
 def image_size(model: nn.Module) -> Tuple[int, int, int]:
@@ -58,7 +67,7 @@ class FolderImages(Dataset[torch.Tensor]):
         except (AssertionError, RuntimeError) as e:  # there is no folder, or no image
             raise CommandError(f'there are no images in {folder}') from e
         except ValueError as e:  # timm sorts by numbers, and takes a superscript for one
-            raise CommandError(f'timm cannot sort the names in {folder}: {e}') from e
+            raise CommandError(f'timm cannot sort the names in {folder}: {reason(e)}') from e
         self.folder, self.indices = self._choose_split(str(folder))
 
     def _choose_split(self, folder: str) -> Tuple[str, Sequence[int]]:

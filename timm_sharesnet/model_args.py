@@ -9,7 +9,7 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 import timm
 import torch.nn as nn
@@ -18,6 +18,8 @@ from timm.data import resolve_data_config
 from timm.layers import DropBlock2d, DropPath
 from timm.models import create_model, is_model, load_model_config_from_hf, parse_model_name
 from timm.models._hub import load_model_config_from_path
+
+from .cli import headline, reason
 
 TRAIN_OPTIONS: Dict[str, Any] = json.loads((Path(__file__).parent / 'train_options.json').read_text())
 # What train.py passes to create_model, and from which option
@@ -38,6 +40,17 @@ _NO_ARGS = 'pretrained', 'checkpoint_path', 'scriptable'  # of a net
 _DATA_OPTIONS = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct'
 _RECORDS = hasattr(timm.models, 'get_model_args')  # whether timm records the arguments of create_model
 _NOTHING = (nn.Identity, nn.Dropout, DropPath, DropBlock2d)  # in evaluation
+
+
+def args_of_options(options: Mapping[str, Any]) -> Dict[str, Any]:
+    """What train.py passes to create_model of its options, beside `model_kwargs` and what is not the net's."""
+    args = {key: options.get(option) for key, option in TRAIN_ARGS.items() if key not in _NO_ARGS}
+    return {**args, 'in_chans': resolve_in_chans(options)}
+
+
+def resolve_in_chans(options: Mapping[str, Any]) -> int:
+    """The model's input channels, as train.py takes them from its options."""
+    return options.get('in_chans') or (options.get('input_size') or [3])[0]
 
 
 def record_args(model: Any, name: str, kwargs: Dict[str, Any]) -> None:
@@ -62,7 +75,7 @@ def unlike_its_name(model: Any) -> str:
         changed = current_args(model) if _RECORDS else {'num_classes': model.num_classes}
         return difference(model, build(model, **changed))
     except (RuntimeError, TypeError, ValueError) as e:  # of a model's constructor
-        return ' '.join(str(e).split())
+        return reason(e)
 
 
 def model_args(model: Any) -> Dict[str, Any]:
@@ -126,9 +139,8 @@ def saved_net(weights: Union[str, Path]) -> Optional[Tuple[str, nn.Module]]:
         file, name = 'config.json', f'local-dir:{folder}'
     elif _is_arch(options.get('model')):
         file, name = 'args.yaml', options['model']
-        kwargs = {key: options.get(option) for key, option in TRAIN_ARGS.items() if key not in _NO_ARGS}
-        kwargs['in_chans'] = options.get('in_chans') or (options.get('input_size') or [3])[0]
-        kwargs = {k: v for k, v in {**kwargs, **(options.get('model_kwargs') or {})}.items() if v is not None}
+        kwargs = {**args_of_options(options), **(options.get('model_kwargs') or {})}
+        kwargs = {k: v for k, v in kwargs.items() if v is not None}
     else:
         return None
     model = create_model(name, **kwargs, device='meta')
@@ -160,7 +172,7 @@ def other_net(weights: Union[str, Path], model: Any, ignored: Iterable[str] = ()
     try:
         saved = saved_net(weights)
     except Exception as e:  # whatever a model's constructor raises
-        return f'lies beside a config that builds no model: {type(e).__name__}: {" ".join(str(e).split())}'
+        return f'lies beside a config that builds no model: {headline(e)}'
     where = '' if saved is None else difference(model, saved[1], ignored)
     if saved is None or not where:
         return ''

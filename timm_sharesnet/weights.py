@@ -8,13 +8,12 @@ it. All must hold exactly the tensors of the model (`checkpoint_filter_fn`).
 """
 
 import contextlib
-import difflib
 import hashlib
 import json
 from functools import partial
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union, cast
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union, cast
 
 import safetensors.torch
 import torch
@@ -22,6 +21,7 @@ import torch.nn as nn
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from .cli import did_you_mean
 from .stage import SharedStage
 
 _WEIGHTS_DIR = Path(__file__).parent / 'weights'
@@ -258,9 +258,7 @@ def unknown_model(name: str) -> str:
         known = timm.list_models(f'{arch}.*', include_tags=True)
     else:
         return ''
-    close = difflib.get_close_matches(name, known, 3)
-    meant = f', did you mean {" or ".join(close)}?' if close else '. timm.list_models() has the names.'
-    return f'timm knows no model {name}{meant}'
+    return f'timm knows no model {name}{did_you_mean(name, known, ". timm.list_models() has the names.")}'
 
 
 def drop_repeated_args(config: Path) -> None:
@@ -309,39 +307,70 @@ def checkpoint_filter_fn(
             expected.pop(k, None)
             found.pop(k, None)
 
-    faults = [f'{k} is missing' for k in expected.keys() - found.keys()]
-    faults += [f'{k} is not part of the model' for k in found.keys() - expected.keys()]
-    first_conv, pretrained_chans = f'{cfg["first_conv"]}.weight', cfg['input_size'][0]
+    first_conv = f'{cfg["first_conv"]}.weight'
     if _shape(found.get(first_conv)) == _shape(expected.get(first_conv)):
         cfg['first_conv'] = None  # timm 1.0.28 would adapt from 3 channels what fits already, or leave it at random
-    for k in expected.keys() & found.keys():
-        shape, tensor = _shape(expected[k]), found[k]
-        adapted = (shape[0], pretrained_chans, *shape[2:]) if k == first_conv else shape
-        if not isinstance(tensor, torch.Tensor):
-            faults.append(f'{k} is no tensor but a {type(tensor).__name__}')
-        elif _shape(tensor) not in (shape, adapted):
-            faults.append(f'{k} has shape {_shape(tensor)} instead of {shape}{_cure(k, classifier, tensor)}')
-        elif tensor.dtype is torch.bool or tensor.is_floating_point() != expected[k].is_floating_point():
-            faults.append(f'{k} is {tensor.dtype} instead of {expected[k].dtype}')
-        elif tensor.is_meta or tensor.layout is not torch.strided:
-            faults.append(f'{k} is a {"meta" if tensor.is_meta else "sparse"} tensor')
-        elif not torch.isfinite(tensor.float()).all():
-            faults.append(f'{k} has values that are not finite')
-        elif k.endswith('running_var') and (tensor.float() < 0).any():
-            faults.append(f'{k} has negative variances')
+    elif first_conv in expected:
+        shape = _shape(expected[first_conv])
+        adapted = (shape[0], cfg['input_size'][0], *shape[2:])
+        if _shape(found.get(first_conv)) == adapted:
+            expected[first_conv] = expected[first_conv].new_empty(adapted)
+    faults = mismatches(expected, found)
+    for k in faults.keys() & found.keys() & set(classifier):
+        if _shape(found[k]) not in ((), _shape(expected[k])):
+            cure = f'pass num_classes={len(found[k])}, or for a new classifier num_classes=-1 in pretrained_cfg_overlay'
+            faults[k] += f': {cure}'
     if faults:
         raise RuntimeError(
             f'The checkpoint is not one of {cfg.get("architecture", type(model).__name__)}, nothing was loaded: '
-            f'{sorted(faults)[0]}' + (f' (and {len(faults) - 1} more)' if len(faults) > 1 else '') + '.'
+            f'{first_of(faults)}.'
         )
     return state_dict
 
 
+def mismatches(expected: Mapping[str, torch.Tensor], found: Mapping[str, Any]) -> Dict[str, str]:
+    """What is wrong with tensors that should be a model's: names, shapes, types and values.
+
+    Args:
+        expected: State dict of the model. Its values do not matter.
+        found: Tensors of a checkpoint.
+
+    Returns:
+        A sentence for each name at fault, in order of the names.
+    """
+    faults = {name: _fault(name, expected.get(name), found.get(name)) for name in sorted({*expected, *found})}
+    return {name: f'{name} {fault}' for name, fault in faults.items() if fault}
+
+
+def first_of(faults: Mapping[str, str]) -> str:
+    """The first of several faults, and how many there are."""
+    more = f' (and {len(faults) - 1} more)' if len(faults) > 1 else ''
+    return next(iter(faults.values())) + more
+
+
+def _fault(name: str, expected: Optional[torch.Tensor], found: Any) -> str:
+    if found is None:
+        return 'is missing'
+    if expected is None:
+        return 'is not part of the model'
+    if not isinstance(found, torch.Tensor):
+        return f'is no tensor but a {type(found).__name__}'
+    if found.shape != expected.shape:
+        return f'has shape {_shape(found)} instead of {_shape(expected)}'
+    if _kind(found) != _kind(expected):
+        return f'is {found.dtype} instead of {expected.dtype}'
+    if found.is_meta or found.layout is not torch.strided:
+        return f'is a {"meta" if found.is_meta else "sparse"} tensor'
+    if not torch.isfinite(found.float()).all():
+        return 'has values that are not finite'
+    if name.endswith('running_var') and (found.float() < 0).any():
+        return 'has negative variances'
+    return ''
+
+
+def _kind(tensor: torch.Tensor) -> Tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.dtype is torch.bool
+
+
 def _shape(tensor: Any) -> Tuple[int, ...]:
     return tuple(getattr(tensor, 'shape', ()))
-
-
-def _cure(name: str, classifier: List[str], tensor: torch.Tensor) -> str:
-    if name not in classifier or not tensor.ndim:
-        return ''
-    return f': pass num_classes={len(tensor)}, or for a new classifier num_classes=-1 in pretrained_cfg_overlay'

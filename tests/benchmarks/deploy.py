@@ -20,12 +20,11 @@ device. Needs the extra `timm-sharesnet[bench]`. Exit code 0, or 2 for options t
 
 import argparse
 import csv
+import functools
 import itertools
-import json
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -54,29 +53,15 @@ LABELS = ['net', 'precision', 'runtime', 'form']
 COLOURS = {'exported': '#b0b0bc', 'folded': '#c44e52', 'twin': '#4c72b0'}
 
 OPENVINO = """
-import ctypes, json, re, sys
 import numpy, openvino
 
-def rss(key='VmRSS'):
-    return int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024
-
 core = openvino.Core()
-before = rss()
-model = core.read_model(sys.argv[1])
-compiled = core.compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-loaded = rss()
-ctypes.CDLL(None).malloc_trim(0)
-held = rss()
-images = numpy.zeros([1, *(d.get_length() for d in list(model.inputs[0].partial_shape)[1:])], 'float32')
-for _ in range(3):
-    compiled(images)
-print(json.dumps([loaded - before, held - before, rss('VmHWM') - before]))
+
+def load(path):
+    model = core.read_model(path)
+    compiled = core.compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    return lambda: compiled(numpy.zeros([1, *(d.get_length() for d in list(model.inputs[0].partial_shape)[1:])], 'f'))
 """
-
-
-def openvino_memory(path):
-    result = subprocess.run([sys.executable, '-c', OPENVINO, path], capture_output=True, text=True, check=True)
-    return json.loads(result.stdout)
 
 
 def ort_runner(path, threads):
@@ -90,7 +75,10 @@ def openvino_runner(path, threads):
     return lambda images: compiled(images)[0]
 
 
-RUNTIMES = {'onnxruntime': (session_memory, ort_runner), 'openvino': (openvino_memory, openvino_runner)}
+RUNTIMES = {
+    'onnxruntime': (session_memory, ort_runner),
+    'openvino': (functools.partial(session_memory, load=OPENVINO), openvino_runner),
+}
 
 
 def write_files(name, precisions, folder):
@@ -161,9 +149,8 @@ def measure(name, args, folder):
                 'peak_mib': peak,
             }
             if (precision, runtime) == ('int8', 'onnxruntime'):  # packs the kernel again for each use
-                new[form]['peak_unpacked_mib'] = round(
-                    session_memory(path, {'session.disable_prepacking': '1'}).peak, 1
-                )
+                unpacked = session_memory(path, 'session.disable_prepacking=1')
+                new[form]['peak_unpacked_mib'] = round(unpacked.peak, 1)
         for batch_size, threads in itertools.product(args.batch_sizes, args.threads):
             images = np.random.default_rng(0).standard_normal((batch_size, *size), 'float32')
             latency = measure_latency(files, make_runner, images, threads, args.turns)

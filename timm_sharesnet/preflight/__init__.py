@@ -1,35 +1,13 @@
-"""Check a training config and what it names, in seconds, before timm's train.py starts.
+"""Checks of a training config and of what it names, before timm's train.py starts: the command and its parts.
 
-    python -m timm_sharesnet.preflight CONFIG [options of train.py]
-
-with the options that train.py will get beside `--config CONFIG`. It writes nothing and downloads nothing. Exit code 0:
-no fault was found, and a summary says what was checked and what was not. Exit code 2: train.py would fail or train
-something else, and one line on stderr names the file or key. train.py reports these faults badly or not at all:
-
-  * Keys of the config that are not train.py's (it ignores them) or stand there twice, values of the wrong type or not
-    among the choices, names that timm does not know or silently takes for another, numbers that make no sense.
-  * The device is there, and the output folder can be written. Give `--device cpu` to train on a CPU, and to check a
-    config for another machine.
-  * The model, optimizer, schedule, augmentation and compiler can be made from their options.
-  * `data_dir` and both splits are there and hold images. Where the folder of a split is missing, train.py trains or
-    validates on everything in `data_dir`.
-  * The data has `num_classes` classes (the model's, where that is not set), in both splits the same. With fewer,
-    train.py trains; with other folders in the validation split, it compares with shifted labels.
-  * The image size fits a convolutional model: its last feature map is at least 2 x 2 and at most 32 x 32. This refuses
-    32 px on an ImageNet net (1 x 1) and 224 px on a CIFAR net (56 x 56), which cannot be meant, and allows what may be:
-    Tiny-ImageNet's 64 px on an ImageNet net, 64 or 96 px on a CIFAR net.
-  * `resume` and `initial_checkpoint` can be read (without running code in them) and hold exactly the model's tensors,
-    `pretrained_path` may have another classifier. A config.json or args.yaml beside the file describes the same net:
-    with another activation or other blocks that share, the same tensors compute something else. With `pretrained`, timm
-    has weights for the model.
-  * The teacher of a distillation has weights and the student's classes; a `local-dir:` folder loads.
-
-Datasets that are streamed or looked up while training (`hfds/`, `hfids/`, `tfds/`, `wds/`) are not checked, and the
-summary says so. The options are those of train.py at the versions in `train_options.json`.
+`check.py` says what is checked, and in which order: the options and the config (`options.py`), their values
+(`values.py`), what train.py makes of them (`training.py`), weights (`checkpoints.py`) and data (`data.py`).
 """
 
-from .check import build_model, check_config, main, parse_train_args, preflight, train_options, train_parser
-from .values import PreflightError
+from ..cli import CommandError as PreflightError
+from .check import main, preflight
+from .options import check_config, parse_train_args, train_options, train_parser
+from .training import build_model
 
 __all__ = [
     'PreflightError',

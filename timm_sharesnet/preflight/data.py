@@ -9,7 +9,7 @@ from timm.data.dataset_factory import _search_split  # which folder train.py tak
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils import natural_key
 
-from .values import PreflightError
+from ..cli import CommandError
 
 _TORCH_CLASSES = {'cifar10': 10, 'cifar100': 100, 'mnist': 10, 'kmnist': 10, 'fashion_mnist': 10, 'qmnist': 10}
 _OTHER_TORCH = ('inaturalist', 'inat', 'places365', 'imagenet')
@@ -19,7 +19,7 @@ def check_data(args: argparse.Namespace, num_classes: int) -> str:
     """Check both splits, and return what was found.
 
     Raises:
-        PreflightError: If a split is not there, is empty, or has other classes.
+        CommandError: If a split is not there, is empty, or has other classes.
     """
     prefix, _, rest = args.dataset.partition('/')
     prefix, name = (prefix.lower(), rest.split('/', 1)[-1].lower()) if rest else ('', '')
@@ -27,14 +27,14 @@ def check_data(args: argparse.Namespace, num_classes: int) -> str:
         return f'{args.dataset}: splits, classes and access NOT CHECKED, it is read while training'
     root = args.data_dir or args.data
     if not root:
-        raise PreflightError('data_dir: not set, the folder of the data is needed.')
+        raise CommandError('data_dir: not set, the folder of the data is needed.')
     splits = {key: getattr(args, key) for key in ('train_split', 'val_split') if key == 'train_split' or args.val_split}
     if prefix != 'torch' or name in ('folder', 'image_folder'):
         return _check_folder(args, root, splits, num_classes)
     if name in _TORCH_CLASSES:
         return _check_torch(args, root, splits, name, num_classes)
     if name not in _OTHER_TORCH:
-        raise PreflightError(f'dataset: timm has no {args.dataset}, it knows {", ".join(_TORCH_CLASSES)}.')
+        raise CommandError(f'dataset: timm has no {args.dataset}, it knows {", ".join(_TORCH_CLASSES)}.')
     return f'{args.dataset} in {root} NOT CHECKED'
 
 
@@ -42,13 +42,13 @@ def _check_torch(args: argparse.Namespace, root: str, splits: Dict[str, str], na
     for key, split in splits.items():
         # timm takes the test set for every name but these two, for training as well
         if (split in ('train', 'training')) != (key == 'train_split'):
-            raise PreflightError(
+            raise CommandError(
                 f'{key}: timm takes {split!r} for the {"test" if key == "train_split" else "training"} set of '
                 f'{args.dataset}, write {"train" if key == "train_split" else "test"}.'
             )
     _check_num_classes(args, num_classes, _TORCH_CLASSES[name], args.dataset)
     if os.path.exists(root) and not os.path.isdir(root):
-        raise PreflightError(f'data_dir: {root} is not a folder.')
+        raise CommandError(f'data_dir: {root} is not a folder.')
     sizes = []
     for key, split in splits.items():
         try:
@@ -56,13 +56,13 @@ def _check_torch(args: argparse.Namespace, root: str, splits: Dict[str, str], na
         except RuntimeError as e:
             folder = _search_split(root, split) if os.path.isdir(root) else root
             if folder != root and os.path.isdir(folder) and _count_images(folder):
-                raise PreflightError(
+                raise CommandError(
                     f"dataset: {root} has no {args.dataset}, but folders of images, for which write dataset: '' "
                     f"(--dataset '')."
                 ) from e
             if args.dataset_download:
                 return f'{args.dataset}: {num_classes} classes, not complete in {root}, train.py will download it'
-            raise PreflightError(
+            raise CommandError(
                 f'data_dir: {root} has no complete {args.dataset} ({key}), --dataset-download fetches it.'
             ) from e
     return f'{args.dataset} in {root}: {", ".join(sizes)}, {num_classes} classes'
@@ -72,25 +72,25 @@ def _check_folder(args: argparse.Namespace, root: str, splits: Dict[str, str], n
     if os.path.isfile(root) and root.endswith('.tar'):
         return f'{root}: a tar file, NOT CHECKED'
     if not os.path.isdir(root):
-        raise PreflightError(f'data_dir: there is no folder {root}.')
+        raise CommandError(f'data_dir: there is no folder {root}.')
     found: Dict[str, Dict[str, int]] = {}
     for key, split in splits.items():
         folder = _search_split(root, split)
         if not os.path.isdir(folder):
-            raise PreflightError(f'{key}: {folder} is not a folder.')
+            raise CommandError(f'{key}: {folder} is not a folder.')
         if os.path.samefile(folder, root):
             there = ', '.join(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())[:5])
-            raise PreflightError(
+            raise CommandError(
                 f'{key}: there is no folder {split!r} in {root} (but {there or "nothing"}), and train.py would '
                 f'silently take all images in {root}.'
             )
         found[folder] = _count_images(folder)
         if not found[folder]:
-            raise PreflightError(f'{key}: there are no images in {folder}.')
+            raise CommandError(f'{key}: there are no images in {folder}.')
     sizes = ', '.join(f'{folder} {sum(classes.values()):,} images' for folder, classes in found.items())
     train = next(iter(found))
     if sum(found[train].values()) < args.batch_size:
-        raise PreflightError(
+        raise CommandError(
             f'batch_size: {args.batch_size}, but {train} has {sum(found[train].values())} images: train.py leaves out '
             f'an incomplete batch and would train on none.'
         )
@@ -102,7 +102,7 @@ def _check_folder(args: argparse.Namespace, root: str, splits: Dict[str, str], n
             _check_order(folder, classes)
         for name in sorted(classes.keys() ^ found[train].keys()):
             where, lacks = (folder, train) if name in classes else (train, folder)
-            raise PreflightError(
+            raise CommandError(
                 f'{folder}: its classes are not those of {train}, labels would be shifted: {name!r} is in {where}, '
                 f'not in {lacks}.'
             )
@@ -112,9 +112,9 @@ def _check_folder(args: argparse.Namespace, root: str, splits: Dict[str, str], n
 
 def _check_class_map(name: str, root: str) -> None:
     if not any(os.path.isfile(path) for path in (name, os.path.join(root, name))):
-        raise PreflightError(f'class_map: there is no file {name}, neither here nor in {root}.')
+        raise CommandError(f'class_map: there is no file {name}, neither here nor in {root}.')
     if not name.lower().endswith(('.txt', '.pkl')):
-        raise PreflightError(f'class_map: {name} must be a .txt or .pkl file.')
+        raise CommandError(f'class_map: {name} must be a .txt or .pkl file.')
 
 
 def _check_order(folder: str, classes: Dict[str, int]) -> None:
@@ -125,9 +125,9 @@ def _check_order(folder: str, classes: Dict[str, int]) -> None:
         try:
             key = repr(natural_key(name))
         except ValueError as e:  # a superscript, which is a digit and no number
-            raise PreflightError(f'{folder}: timm cannot sort the class folder {name!r}, rename it.') from e
+            raise CommandError(f'{folder}: timm cannot sort the class folder {name!r}, rename it.') from e
         if keys.setdefault(key, name) != name:
-            raise PreflightError(
+            raise CommandError(
                 f'{folder}: the class folders {keys[key]!r} and {name!r} are equal to timm, which numbers them in '
                 f'another order in each process: rename one.'
             )
@@ -143,7 +143,7 @@ def _count_images(folder: str) -> Dict[str, int]:
     """Number of images of each class, by the name of the folder that they lie in, as timm reads it.
 
     Raises:
-        PreflightError: If a link leads to a folder that is in the tree already. timm follows it, for ever or counting
+        CommandError: If a link leads to a folder that is in the tree already. timm follows it, for ever or counting
             the images twice.
         OSError: If a folder cannot be read. timm leaves it out.
     """
@@ -158,7 +158,7 @@ def _count_images(folder: str) -> Dict[str, int]:
         other = seen.setdefault(os.path.realpath(path), path)
         if other != path:
             link = next(p for where in (path, other) for p in _upwards(where, folder) if os.path.islink(p))
-            raise PreflightError(
+            raise CommandError(
                 f'{link}: this link leads to {os.path.realpath(link)}, whose images timm would read again by '
                 f'another name ({path} is {other}), or without end.'
             )
@@ -172,4 +172,4 @@ def _count_images(folder: str) -> Dict[str, int]:
 def _check_num_classes(args: argparse.Namespace, num_classes: int, found: int, where: str) -> None:
     if found != num_classes:
         origin = f"{args.model}'s default, " if args.num_classes is None else ''
-        raise PreflightError(f'num_classes: {num_classes} ({origin}but {where} has {found} classes).')
+        raise CommandError(f'num_classes: {num_classes} ({origin}but {where} has {found} classes).')

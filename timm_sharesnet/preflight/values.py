@@ -8,10 +8,7 @@ import argparse
 import re
 from typing import Any, Callable, Dict, Iterator, Tuple
 
-
-class PreflightError(Exception):
-    """What is wrong, in one line that starts with the file or key."""
-
+from ..cli import CommandError
 
 _INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')  # data/transforms.py
 VALUES: Dict[str, Tuple[str, ...]] = {
@@ -83,21 +80,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f'{text[:77]}...'
 
 
-def reason(error: Exception) -> str:
-    """Kind and first line of an error, for a message."""
-    lines = [*str(error).strip().splitlines(), '', '']
-    return f'{type(error).__name__}: {lines[0]}' + (f' {lines[1].strip()}' if lines[0].endswith(':') else '')
-
-
 def check_values(args: argparse.Namespace) -> None:
     """Check the values of parsed options, each and with one another.
 
     Raises:
-        PreflightError: At the first fault.
+        CommandError: At the first fault.
     """
     fault = next(_faults(args), '')
     if fault:
-        raise PreflightError(fault)
+        raise CommandError(fault)
 
 
 def _faults(args: argparse.Namespace) -> Iterator[str]:
