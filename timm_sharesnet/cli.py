@@ -66,11 +66,16 @@ def command(name: str) -> Callable[[Callable[[Sequence[str]], None]], Callable[.
             try:
                 with _quiet():
                     function(sys.argv[1:] if argv is None else argv)
-            except (CommandError, OSError, KeyboardInterrupt) as e:
-                for line in _lines(e):
-                    print(f'{name}: {printable(line)}', file=sys.stderr)
-                return 2
-            return 0
+                return 0
+            except CommandError as e:
+                faults = [str(fault) for fault in e.args]
+            except OSError as e:
+                faults = [f'{_file(e)}: {reason(e)}' if _file(e) else reason(e)]
+            except KeyboardInterrupt:
+                faults = ['interrupted']
+            for fault in faults:
+                print(f'{name}: {printable(fault)}', file=sys.stderr)
+            return 2
 
         return main
 
@@ -87,15 +92,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _lines(error: BaseException) -> List[str]:
-    if isinstance(error, CommandError):
-        return [str(fault) for fault in error.args]
-    if isinstance(error, OSError):
-        named = _file(error)
-        return [f'{named}: {reason(error)}' if named else reason(error)]
-    return ['interrupted']
 
 
 def _file(error: OSError) -> Any:
@@ -115,8 +111,7 @@ def concerning(path: Any, *kinds: Type[Exception]) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """What an error says, in one line, or its kind where it says nothing."""
-    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-    return _joined(text)
+    return _joined((isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__)
 
 
 def headline(error: BaseException) -> str:

@@ -35,16 +35,7 @@ from .folding import fold
 from .images import FolderImages, add_calibration_arguments, image_size
 from .loading import add_model_arguments, load_model
 
-__all__ = [
-    'Contents',
-    'Memory',
-    'export',
-    'export_onnx',
-    'inspect',
-    'main',
-    'quantize',
-    'session_memory',
-]
+__all__ = ['Contents', 'Memory', 'export', 'export_onnx', 'inspect', 'main', 'quantize', 'session_memory']
 
 EXTERNAL_ABOVE = 16e6  # bytes of weights
 INPUT, OUTPUT = 'pixel_values', 'logits'  # the Hub's convention for image classification
@@ -336,7 +327,9 @@ def export(
     existing = [f for n in names.values() for f in (n, f'{n}_data') if (output.parent / f).exists()]
     if existing and not force:
         raise CommandError(f'{output.parent / existing[0]} exists already (--force overwrites)')
-    model = _fp32_on_cpu(model)
+    if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
+        raise CommandError('the model is on the meta device and has no values to write: load its weights first')
+    model = copy.deepcopy(model).to('cpu', torch.float32)
     size = input_size or image_size(model)
     try:
         folded = fold(model)
@@ -349,9 +342,8 @@ def export(
     except RuntimeError as e:
         raise CommandError(f'the net does not take images of {size}: {reason(e)}') from e
     if not isinstance(expected, torch.Tensor):
-        raise CommandError(
-            f'the net gives a {type(expected).__name__}, and a file is written of one that gives a tensor'
-        )
+        kind = type(expected).__name__
+        raise CommandError(f'the net gives a {kind}, and a file is written of one that gives a tensor')
     images, calibrated, calibration = None, [], []
     if calibration_dir is not None:
         images = FolderImages(calibration_dir, model, size)
@@ -376,13 +368,6 @@ def export(
             os.replace(path, output.parent / path.name)
         for stale in set(existing) - {path.name for path in written}:
             (output.parent / stale).unlink()
-
-
-def _fp32_on_cpu(model: nn.Module) -> nn.Module:
-    """A copy of a net as it is written and compared with, wherever it is and in whatever precision."""
-    if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
-        raise CommandError('the model is on the meta device and has no values to write: load its weights first')
-    return copy.deepcopy(model).to('cpu', torch.float32)
 
 
 def _export_int8(
@@ -432,8 +417,8 @@ def main(argv: Sequence[str]) -> None:
         size = image_size(model)
         if args.img_size is not None:
             size = (size[0], args.img_size, args.img_size)
-        dir_, count = args.calibration_dir, args.calibration_images
-        for line in export(model, args.output, size, args.fp16, dir_, count, args.force):
+        calibration = args.calibration_dir, args.calibration_images
+        for line in export(model, args.output, size, args.fp16, *calibration, args.force):
             print(line, flush=True)
 
 

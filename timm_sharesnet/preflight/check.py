@@ -63,9 +63,8 @@ def preflight(config: str, options: Sequence[str] = ()) -> List[str]:
     size = check_size(args, model, data['input_size'][1:])
     training, epochs = check_training(args, model, data)
     lines = [f'config  {config}: all keys and values are options of train.py']
-    options_now, options_before = train_options(), train_options(VERSIONS[0])
-    newer = [key for key in options_now if key not in options_before]
-    newer = [key for key in newer if getattr(args, key) != options_now[key].get('default')]
+    before, now = train_options(VERSIONS[0]), train_options()
+    newer = [key for key in now if key not in before and getattr(args, key) != now[key].get('default')]
     if newer:
         lines.append(f'        {", ".join(newer)}: only in a train.py newer than timm {VERSIONS[0]}')
     if args.aug_repeats:

@@ -42,8 +42,7 @@ def check_checkpoint(args: argparse.Namespace, key: str, model: Any, epochs: int
         )
     if faults:
         raise CommandError(f'{key}: {path} is not a checkpoint of {name}: {first_of(faults)}.')
-    other = other_net(path, model)
-    if other:
+    if other := other_net(path, model):
         raise CommandError(f'{key}: {path} {other}.')
     if key == 'resume' and args.start_epoch is None:
         with torch.serialization.safe_globals([argparse.Namespace]):  # as timm
@@ -79,14 +78,8 @@ def check_pretrained(args: argparse.Namespace, model: Any) -> str:
             return f'of {name}: NOT CHECKED, they are downloaded'
     overlay: Dict[str, Any] = {'pretrained_cfg_overlay': dict(file=path, num_classes=-1)} if path else {}
     try:
-        timm.create_model(
-            name,
-            pretrained=True,
-            num_classes=args.num_classes,
-            in_chans=resolve_in_chans(vars(args)),
-            **overlay,
-            **args.model_kwargs,
-        )
+        sizes = {'num_classes': args.num_classes, 'in_chans': resolve_in_chans(vars(args))}
+        timm.create_model(name, pretrained=True, **sizes, **overlay, **args.model_kwargs)
     except Exception as e:
         key = 'pretrained_path' if path else 'pretrained'
         raise CommandError(f'{key}: {path or name} {_unloadable(e)}') from e
@@ -94,8 +87,8 @@ def check_pretrained(args: argparse.Namespace, model: Any) -> str:
         return f'of {name}: load'
     classifier = _classifier(model)
     # train.py makes a new classifier, and timm adapts the first convolution
-    other = other_net(path, model, ignored=['global_pool', *classifier, model.pretrained_cfg.get('first_conv')])
-    if other:
+    ignored = ['global_pool', *classifier, model.pretrained_cfg.get('first_conv')]
+    if other := other_net(path, model, ignored):
         raise CommandError(f'pretrained_path: {path} {other}.')
     expected = [k for k in model.state_dict() if k.rpartition('.')[0] not in classifier]
     missing = [k for k in expected if k not in found]

@@ -28,7 +28,7 @@ def check_data(args: argparse.Namespace, num_classes: int) -> str:
     root = args.data_dir or args.data
     if not root:
         raise CommandError('data_dir: not set, the folder of the data is needed.')
-    splits = {key: getattr(args, key) for key in ('train_split', 'val_split') if key == 'train_split' or args.val_split}
+    splits = {'train_split': args.train_split, **({'val_split': args.val_split} if args.val_split else {})}
     if prefix != 'torch' or name in ('folder', 'image_folder'):
         return _check_folder(args, root, splits, num_classes)
     if name in _TORCH_CLASSES:
@@ -41,11 +41,9 @@ def check_data(args: argparse.Namespace, num_classes: int) -> str:
 def _check_torch(args: argparse.Namespace, root: str, splits: Dict[str, str], name: str, num_classes: int) -> str:
     for key, split in splits.items():
         # timm takes the test set for every name but these two, for training as well
+        taken, right = ('test', 'train') if key == 'train_split' else ('training', 'test')
         if (split in ('train', 'training')) != (key == 'train_split'):
-            raise CommandError(
-                f'{key}: timm takes {split!r} for the {"test" if key == "train_split" else "training"} set of '
-                f'{args.dataset}, write {"train" if key == "train_split" else "test"}.'
-            )
+            raise CommandError(f'{key}: timm takes {split!r} for the {taken} set of {args.dataset}, write {right}.')
     _check_num_classes(args, num_classes, _TORCH_CLASSES[name], args.dataset)
     if os.path.exists(root) and not os.path.isdir(root):
         raise CommandError(f'data_dir: {root} is not a folder.')
@@ -89,13 +87,17 @@ def _check_folder(args: argparse.Namespace, root: str, splits: Dict[str, str], n
             raise CommandError(f'{key}: there are no images in {folder}.')
     sizes = ', '.join(f'{folder} {sum(classes.values()):,} images' for folder, classes in found.items())
     train = next(iter(found))
-    if sum(found[train].values()) < args.batch_size:
+    number = sum(found[train].values())
+    if number < args.batch_size:
         raise CommandError(
-            f'batch_size: {args.batch_size}, but {train} has {sum(found[train].values())} images: train.py leaves out '
-            f'an incomplete batch and would train on none.'
+            f'batch_size: {args.batch_size}, but {train} has {number} images: train.py leaves out an incomplete batch '
+            f'and would train on none.'
         )
     if args.class_map:
-        _check_class_map(args.class_map, root)
+        if not any(os.path.isfile(path) for path in (args.class_map, os.path.join(root, args.class_map))):
+            raise CommandError(f'class_map: there is no file {args.class_map}, neither here nor in {root}.')
+        if not args.class_map.lower().endswith(('.txt', '.pkl')):
+            raise CommandError(f'class_map: {args.class_map} must be a .txt or .pkl file.')
         return f'{sizes}, class_map {args.class_map} NOT CHECKED'
     for folder, classes in found.items():
         if not args.dataset.lower().startswith('torch/'):  # torchvision sorts the names as they are
@@ -108,13 +110,6 @@ def _check_folder(args: argparse.Namespace, root: str, splits: Dict[str, str], n
             )
     _check_num_classes(args, num_classes, len(found[train]), train)
     return f'{sizes}, {num_classes} classes'
-
-
-def _check_class_map(name: str, root: str) -> None:
-    if not any(os.path.isfile(path) for path in (name, os.path.join(root, name))):
-        raise CommandError(f'class_map: there is no file {name}, neither here nor in {root}.')
-    if not name.lower().endswith(('.txt', '.pkl')):
-        raise CommandError(f'class_map: {name} must be a .txt or .pkl file.')
 
 
 def _check_order(folder: str, classes: Dict[str, int]) -> None:

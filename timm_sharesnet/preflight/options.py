@@ -14,7 +14,7 @@ from .values import check_values, shown
 
 USAGE = 'python -m timm_sharesnet.preflight CONFIG [options of train.py]'
 VERSIONS: List[str] = list(TRAIN_OPTIONS['versions'])  # timm versions whose train.py the table knows, the newest last
-_TYPES = {'int': int, 'float': float, 'str': str}
+_TYPES: Dict[str, Any] = {'int': int, 'float': float, 'str': str, 'bool': bool, 'dict': dict}
 _MEANT = {'int': 'an integer', 'float': 'a number', 'str': 'text', 'bool': 'true or false', 'dict': 'a mapping'}
 _CONFIG_BYTES = 100_000  # the args.yaml that train.py writes has 5,000
 _CONFIG_DEPTH = 32
@@ -38,9 +38,8 @@ def train_parser() -> argparse.ArgumentParser:
         else:
             kwargs.update(type=_TYPES[option['type']])
         if option['flags']:
-            (group if 'exclusive' in option else parser).add_argument(*option['flags'], dest=name, **kwargs)
-        else:
-            parser.add_argument(name, **kwargs)
+            kwargs.update(dest=name)
+        (group if 'exclusive' in option else parser).add_argument(*(option['flags'] or [name]), **kwargs)
     return parser
 
 
@@ -61,8 +60,7 @@ def check_config(config: Any, version: str = VERSIONS[-1]) -> None:
         if key not in options:
             key = key if isinstance(key, str) else shown(key)
             raise CommandError(f'{key}: not an option of train.py (timm {version}){_near(key, options)}')
-        fault = _fault(options[key], value)
-        if fault:
+        if fault := _fault(options[key], value):
             raise CommandError(f'{key}: {fault}')
 
 
@@ -89,7 +87,7 @@ def _fault(option: Dict[str, Any], value: Any) -> str:
             return f'must be a list{"" if nargs == "+" else f" of {nargs}"}, not {shown(value)}.'
         wrong = [v for v in value if not _is(kind, v)]
         return f'must be a list with {_MEANT[kind]} in each place, not {shown(wrong[0])}.' if wrong else ''
-    if not (_is(kind, value) or isinstance(value, str) and _converts(kind, value)):
+    if not (_is(kind, value) or type(value) is str and _converts(kind, value)):
         return f'must be {_MEANT[kind]}, not {shown(value)}.'
     if choices and value not in choices:
         return f'must be one of {", ".join(choices)}, not {shown(value)}.'
@@ -101,17 +99,16 @@ def _fault(option: Dict[str, Any], value: Any) -> str:
 
 
 def _is(kind: str, value: Any) -> bool:
-    if kind in ('int', 'float'):
-        return isinstance(value, (int, float) if kind == 'float' else int) and not isinstance(value, bool)
-    return isinstance(value, {'str': str, 'bool': bool, 'dict': dict}[kind])
+    return type(value) is _TYPES[kind] or kind == 'float' and type(value) is int
 
 
 def _converts(kind: str, text: str) -> bool:
     """Whether argparse will convert a text, which it does for defaults outside of lists (5e-3 is text to YAML)."""
     try:
-        return kind in ('int', 'float') and _TYPES[kind](text) is not None
+        _TYPES[kind](text)
     except ValueError:
         return False
+    return kind in ('int', 'float')
 
 
 def parse_train_args(path: str, options: Sequence[str]) -> argparse.Namespace:
