@@ -16,7 +16,7 @@ from timm.models import save_for_hf
 from timm.models.resnet import Bottleneck, ResNet
 
 from timm_sharesnet import CifarResNetV2, PreActWideBasic, share, unshare
-from timm_sharesnet.model_args import train_options, unlike_its_name
+from timm_sharesnet.model_args import options_for_train, unlike_its_name
 from timm_sharesnet.preflight import build_model, train_parser
 from timm_sharesnet.share_rate import as_python
 from timm_sharesnet.sharing.__main__ import main
@@ -112,7 +112,7 @@ def test_printed_options_have_the_rates_of_training_and_the_preprocessing() -> N
     shared = share(model)
     if not hasattr(timm.models, 'get_model_args'):  # timm 1.0.28 records none
         shared._model_args.update(layers=(2, 2, 2), drop_rate=0.2, drop_path_rate=0.1, block_drop_rate=0.3)
-    line = shlex.join(train_options(shared))
+    line = shlex.join(options_for_train(shared))
     for option in '--drop 0.2', '--drop-path 0.1', 'block_drop_rate=0.3', '--input-size 3 64 64', '--mean 0.5 0.5 0.5':
         assert option in line
     assert '--std' not in line and '--num-classes' not in line
@@ -210,7 +210,7 @@ def test_a_new_classifier_is_saved_with_the_net(tmp_path: Path) -> None:
     save_for_hf(shared, str(tmp_path), model_args=shared._model_args, safe_serialization=True)
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(loaded(images(model)), shared(images(model)))
-    assert '--num-classes 7' in shlex.join(train_options(shared))
+    assert '--num-classes 7' in shlex.join(options_for_train(shared))
 
 
 def test_a_base_with_a_tag_makes_a_net_that_is_shared_again_and_loads(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from timm.models import load_state_dict
 from timm.utils import ParseKwargs
 
 from .cli import CommandError, reason
-from .model_args import other_net, record_args
+from .model_args import other_net_beside, record_args
 from .weights import first_of, mismatches, unknown_model
 
 _NO_STATE_DICT = 'is no checkpoint: it does not hold a state_dict, names with tensors.'
@@ -58,7 +58,7 @@ def load_model(
                 f'--model-kwargs): {first_of(faults)}'
             )
         net.load_state_dict(state_dict)
-        if other := other_net(str(checkpoint), net):
+        if other := other_net_beside(str(checkpoint), net):
             raise CommandError(f'{checkpoint} {other}')
     return net.eval()
 

@@ -15,11 +15,11 @@ import timm
 import torch.nn as nn
 import yaml
 from timm.data import resolve_data_config
-from timm.layers import DropBlock2d, DropPath
 from timm.models import create_model, is_model, load_model_config_from_hf, parse_model_name
 from timm.models._hub import load_model_config_from_path
 
 from .cli import headline, reason
+from .conv_bn import does_nothing
 
 TRAIN_OPTIONS: Dict[str, Any] = json.loads((Path(__file__).parent / 'train_options.json').read_text())
 # What train.py passes to create_model, and from which option
@@ -39,10 +39,9 @@ TRAIN_ARGS = {
 _NO_ARGS = 'pretrained', 'checkpoint_path', 'scriptable'  # of a net
 _DATA_OPTIONS = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct'
 _RECORDS = hasattr(timm.models, 'get_model_args')  # whether timm records the arguments of create_model
-_NOTHING = (nn.Identity, nn.Dropout, DropPath, DropBlock2d)  # in evaluation
 
 
-def args_of_options(options: Mapping[str, Any]) -> Dict[str, Any]:
+def args_from_options(options: Mapping[str, Any]) -> Dict[str, Any]:
     """What train.py passes to create_model of its options, beside `model_kwargs` and what is not the net's."""
     args = {key: options.get(option) for key, option in TRAIN_ARGS.items() if key not in _NO_ARGS}
     return {**args, 'in_chans': resolve_in_chans(options)}
@@ -62,7 +61,7 @@ def record_args(model: Any, name: str, kwargs: Dict[str, Any]) -> None:
         model._model_args = {**getattr(model, '_model_args', {}), **(saved or {}), **kwargs}
 
 
-def build(model: Any, **changed: Any) -> Any:
+def build_again(model: Any, **changed: Any) -> Any:
     """The model that its name and recorded arguments build, without values."""
     args = {**getattr(model, '_model_args', {}), **changed}
     return create_model(model.pretrained_cfg['architecture'], **args, device='meta')
@@ -73,7 +72,7 @@ def unlike_its_name(model: Any) -> str:
     try:
         # timm saves what a model has now (1.0.28 of these the classes alone)
         changed = current_args(model) if _RECORDS else {'num_classes': model.num_classes}
-        return difference(model, build(model, **changed))
+        return difference(model, build_again(model, **changed))
     except (RuntimeError, TypeError, ValueError) as e:  # of a model's constructor
         return reason(e)
 
@@ -83,7 +82,7 @@ def model_args(model: Any) -> Dict[str, Any]:
 
     They are those that timm recorded (since 1.0.29), and what was changed since (`reset_classifier`).
     """
-    built = current_args(build(model))
+    built = current_args(build_again(model))
     changed = {key: value for key, value in current_args(model).items() if value != built[key]}
     return {**getattr(model, '_model_args', {}), **changed}
 
@@ -115,7 +114,7 @@ def difference(model: nn.Module, expected: nn.Module, ignored: Iterable[str] = (
 def _layers(model: nn.Module) -> Dict[str, str]:
     layers = {}
     for name, m in model.named_modules():
-        if not isinstance(m, _NOTHING):
+        if not does_nothing(m):
             container = isinstance(m, nn.ModuleList) or type(m).__repr__ is nn.Module.__repr__  # else it has its own
             text = f'{type(m).__name__}({m.extra_repr()})' if container else repr(m)
             text = text.replace('SyncBatchNorm', 'BatchNorm2d')  # in evaluation
@@ -123,7 +122,7 @@ def _layers(model: nn.Module) -> Dict[str, str]:
     return layers
 
 
-def saved_net(weights: Union[str, Path]) -> Optional[Tuple[str, nn.Module]]:
+def net_beside(weights: Union[str, Path]) -> Optional[Tuple[str, nn.Module]]:
     """The net that a file beside weights describes: config.json of `timm.models.save_for_hf`, args.yaml of train.py.
 
     Returns:
@@ -139,7 +138,7 @@ def saved_net(weights: Union[str, Path]) -> Optional[Tuple[str, nn.Module]]:
         file, name = 'config.json', f'local-dir:{folder}'
     elif _is_arch(options.get('model')):
         file, name = 'args.yaml', options['model']
-        kwargs = {**args_of_options(options), **(options.get('model_kwargs') or {})}
+        kwargs = {**args_from_options(options), **(options.get('model_kwargs') or {})}
         kwargs = {k: v for k, v in kwargs.items() if v is not None}
     else:
         return None
@@ -161,7 +160,7 @@ def _is_arch(name: Any) -> bool:
     return isinstance(name, str) and ':' not in name and is_model(name)
 
 
-def other_net(weights: Union[str, Path], model: Any, ignored: Iterable[str] = ()) -> str:
+def other_net_beside(weights: Union[str, Path], model: Any, ignored: Iterable[str] = ()) -> str:
     """What to say if weights whose tensors fit a model are those of another one, by what is saved beside them.
 
     Args:
@@ -170,7 +169,7 @@ def other_net(weights: Union[str, Path], model: Any, ignored: Iterable[str] = ()
         ignored: Names of layers that need not be alike, nor what they consist of.
     """
     try:
-        saved = saved_net(weights)
+        saved = net_beside(weights)
     except Exception as e:  # whatever a model's constructor raises
         return f'lies beside a config that builds no model: {headline(e)}'
     where = '' if saved is None else difference(model, saved[1], ignored)
@@ -178,22 +177,22 @@ def other_net(weights: Union[str, Path], model: Any, ignored: Iterable[str] = ()
         return ''
     return (
         f'has the weights of a net that computes something else, by {saved[0]} beside it: {where}. The options for it '
-        f'are {shlex.join(train_options(saved[1]))}'
+        f'are {shlex.join(options_for_train(saved[1]))}'
     )
 
 
-def train_options(model: Any) -> List[str]:
+def options_for_train(model: Any) -> List[str]:
     """Options of timm's train.py that build a model and prepare its images, without what is the default."""
     args, name = model_args(model), model.pretrained_cfg['architecture']
     default = create_model(name, **{k: v for k, v in args.items() if k == 'base'}, device='meta')
-    usual = current_args(default)
-    args = {k: v for k, v in args.items() if usual.get(k) != v}
     flags = {option['name']: option['flags'][-1] for option in TRAIN_OPTIONS['options'] if option['flags']}
     options = ['--model', name]
     data, known = (resolve_data_config({}, model=m) for m in (model, default))
     data['input_size'] = (model.in_chans, *data['input_size'][1:])  # from which train.py takes in_chans, too
-    kwargs = []
+    kwargs, usual = [], current_args(default)
     for key, value in args.items():
+        if value == usual.get(key):
+            continue
         if key not in TRAIN_ARGS:
             kwargs.append(f'{key}={_literal(value)}')
         elif key != 'in_chans':

@@ -85,7 +85,7 @@ def _check_runs(model: Any, variant: str, saved: Dict[str, Any]) -> None:
     stages = [m for m in model.modules() if isinstance(m, SharedStage)]
     if not any(stage.several for stage in stages):  # where they share one convolution, the names tell
         return
-    from .model_args import saved_net  # late, as it needs timm.models
+    from .model_args import net_beside  # late, as it needs timm.models
 
     expected: Any = None
     file = model.pretrained_cfg.get('file')
@@ -95,7 +95,7 @@ def _check_runs(model: Any, variant: str, saved: Dict[str, Any]) -> None:
         expected = create_model(variant, **saved, device='meta')
     elif file and model.pretrained_cfg.get('source') != 'local-dir':
         with contextlib.suppress(Exception):  # whatever a constructor raises at what it does not take
-            expected = (saved_net(file) or [None, None])[1]
+            expected = (net_beside(file) or [None, None])[1]
     if expected is None:
         return
     # Of a backbone (`features_only`) the last stages may be gone

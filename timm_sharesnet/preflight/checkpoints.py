@@ -10,7 +10,7 @@ from timm.models import get_pretrained_cfg
 
 from ..cli import CommandError, concerning, headline
 from ..loading import read_checkpoint, unreadable
-from ..model_args import other_net, resolve_in_chans
+from ..model_args import other_net_beside, resolve_in_chans
 from ..weights import first_of, mismatches, unknown_model
 
 _HUB = 'hf-hub', 'hf_hub'
@@ -42,7 +42,7 @@ def check_checkpoint(args: argparse.Namespace, key: str, model: Any, epochs: int
         )
     if faults:
         raise CommandError(f'{key}: {path} is not a checkpoint of {name}: {first_of(faults)}.')
-    if other := other_net(path, model):
+    if other := other_net_beside(path, model):
         raise CommandError(f'{key}: {path} {other}.')
     if key == 'resume' and args.start_epoch is None:
         with torch.serialization.safe_globals([argparse.Namespace]):  # as timm
@@ -88,7 +88,7 @@ def check_pretrained(args: argparse.Namespace, model: Any) -> str:
     classifier = _classifier(model)
     # train.py makes a new classifier, and timm adapts the first convolution
     ignored = ['global_pool', *classifier, model.pretrained_cfg.get('first_conv')]
-    if other := other_net(path, model, ignored):
+    if other := other_net_beside(path, model, ignored):
         raise CommandError(f'pretrained_path: {path} {other}.')
     expected = [k for k in model.state_dict() if k.rpartition('.')[0] not in classifier]
     missing = [k for k in expected if k not in found]

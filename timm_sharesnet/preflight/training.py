@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..cli import CommandError, did_you_mean, headline
-from ..model_args import TRAIN_ARGS, args_of_options, resolve_in_chans
+from ..model_args import TRAIN_ARGS, args_from_options, resolve_in_chans
 from .checkpoints import check_name
 from .values import shown
 
@@ -45,7 +45,7 @@ def build_model(args: argparse.Namespace) -> Any:
         if key in TRAIN_ARGS:
             raise CommandError(f"model_kwargs: {key} is train.py's own, by the option {TRAIN_ARGS[key]}.")
     with blame(f'model: {args.model} cannot be built'):
-        kwargs = {**args_of_options(vars(args)), 'scriptable': args.torchscript, **args.model_kwargs}
+        kwargs = {**args_from_options(vars(args)), 'scriptable': args.torchscript, **args.model_kwargs}
         model: Any = timm.create_model(args.model, **kwargs)
         if args.grad_checkpointing:
             model.set_grad_checkpointing(True)

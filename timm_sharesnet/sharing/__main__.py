@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 from ..cli import CommandError, Parser, command, concerning, reason
 from ..images import FolderImages, add_calibration_arguments
 from ..loading import add_model_arguments, load_model
-from ..model_args import model_args, train_options, unlike_its_name
+from ..model_args import model_args, options_for_train, unlike_its_name
 from ..share_rate import ShareRate
 from ..weights import drop_repeated_args
 from . import __doc__
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     print(shared.share_report)
     print(f'{args.output}: {sum(p.numel() for p in shared.parameters()):,} parameters, to train on with')
     weights = str(args.output / 'model.safetensors')
-    print(f'  {shlex.join([*train_options(shared), "--initial-checkpoint", weights])}')
+    print(f'  {shlex.join([*options_for_train(shared), "--initial-checkpoint", weights])}')
 
 
 if __name__ == '__main__':
