@@ -413,7 +413,7 @@ def main(argv: Sequence[str]) -> None:
     if args.int8 != (args.calibration_dir is not None):
         raise CommandError('--int8 and --calibration-dir go together')
     with concerning(args.output):
-        model = load_model(**vars(args))
+        model = load_model(args.model, args.checkpoint, args.num_classes, args.in_chans, args.model_kwargs)
         size = image_size(model)
         if args.img_size is not None:
             size = (size[0], args.img_size, args.img_size)

@@ -29,38 +29,37 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(
-    model: str,
+    name: str,
     checkpoint: Optional[Union[str, Path]] = None,
     num_classes: Optional[int] = None,
     in_chans: Optional[int] = None,
     model_kwargs: Optional[Dict[str, Any]] = None,
-    **_: Any,
 ) -> nn.Module:
     """Create a model with weights: those of a checkpoint, averaged if it has them, or the pretrained ones.
 
     Raises:
         CommandError: If there is no such model, or the weights are not its own.
     """
-    if ':' not in model and (unknown := unknown_model(model)):
+    if ':' not in name and (unknown := unknown_model(name)):
         raise CommandError(unknown)
     kwargs = {'num_classes': num_classes, 'in_chans': in_chans, **(model_kwargs or {})}
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     state_dict = None if checkpoint is None else read_checkpoint(checkpoint)
     try:
-        net: Any = timm.create_model(model, pretrained=checkpoint is None, **kwargs)
+        model: Any = timm.create_model(name, pretrained=checkpoint is None, **kwargs)
     except Exception as e:  # whatever a model's constructor raises at arguments that it does not take
-        raise CommandError(f'{model} cannot be created: {reason(e)}') from e
-    record_args(net, model, kwargs)
+        raise CommandError(f'{name} cannot be created: {reason(e)}') from e
+    record_args(model, name, kwargs)
     if state_dict is not None:
-        if faults := mismatches(net.state_dict(), state_dict):
+        if faults := mismatches(model.state_dict(), state_dict):
             raise CommandError(
-                f'{checkpoint} is no checkpoint of {model} with these arguments (--num-classes, --in-chans, '
+                f'{checkpoint} is no checkpoint of {name} with these arguments (--num-classes, --in-chans, '
                 f'--model-kwargs): {first_of(faults)}'
             )
-        net.load_state_dict(state_dict)
-        if other := other_net_beside(str(checkpoint), net):
+        model.load_state_dict(state_dict)
+        if other := other_net_beside(checkpoint, model):
             raise CommandError(f'{checkpoint} {other}')
-    return net.eval()
+    return model.eval()
 
 
 def read_checkpoint(path: Union[str, Path], use_ema: bool = True) -> Dict[str, torch.Tensor]:

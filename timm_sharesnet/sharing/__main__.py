@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     if args.output.exists():
         raise CommandError(f'{args.output} exists already')
     with concerning(args.output, SafetensorError):
-        model = load_model(**vars(args))
+        model = load_model(args.model, args.checkpoint, args.num_classes, args.in_chans, args.model_kwargs)
         images = None
         if args.calibration_dir is not None:
             found = FolderImages(args.calibration_dir, model)
