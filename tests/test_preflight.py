@@ -20,6 +20,7 @@ from timm.models import save_for_hf
 from timm_sharesnet.preflight import main, train_options, train_parser
 from timm_sharesnet.preflight.values import RANGES, VALUES
 
+NO_OPTION = 'not an option of train.py (timm 1.0.29.dev0)'
 TRAIN_CONFIGS = Path(__file__).parents[1] / 'train_configs'
 CONFIG = {
     'model': 'resnet92_cifar',
@@ -86,24 +87,6 @@ def test_accepts_a_good_config_and_says_what_it_checked(folder, capsys):
     assert 'NOT CHECKED' not in summary
 
 
-@pytest.mark.parametrize(
-    'options',
-    [
-        ['-b', '4', '-j', '2', '-vb', '32'],
-        ['--lr=0.2', '--batch-size=4'],
-        ['--weight-dec', '0.1'],  # argparse takes an unambiguous beginning
-        ['--no-aug', '--no-prefetcher', '--amp'],
-        ['--torchcompile', '--device', 'cpu'],
-        ['--opt-kwargs', 'fused=True', 'filter_bias_and_bn=False', '--model-kwargs', 'block_drop_rate=0.3'],
-        ['--scale', '0.5', '1', '--decay-milestones', '61', '121'],
-        ['--dr', '0.2', '--local_rank', '1'],
-    ],
-    ids=' '.join,
-)
-def test_accepts_options_in_all_forms_that_train_py_does(folder, capsys, options):
-    accepted(capsys, *options)
-
-
 @pytest.mark.parametrize('path', sorted(TRAIN_CONFIGS.glob('*.yaml')), ids=lambda path: path.stem)
 def test_accepts_our_configs_with_the_data_that_they_are_for(tmp_path, monkeypatch, capsys, path):
     monkeypatch.chdir(tmp_path)
@@ -117,9 +100,7 @@ def test_accepts_our_configs_with_the_data_that_they_are_for(tmp_path, monkeypat
     if 'initial_checkpoint' in config:
         start = Path(config['initial_checkpoint']).parent
         save_for_hf(timm.create_model(config['model']), str(start), safe_serialization=True)
-    assert (
-        main([str(path), '--dataset', '', '--data-dir', 'data', '--device', 'cpu', '-b', '8']) == 0
-    )  # of one image a class
+    assert main([str(path), '--dataset', '', '--data-dir', 'data', '--device', 'cpu', '-b', '8']) == 0
     assert f'model   {config["model"]}: ' in capsys.readouterr().out
 
 
@@ -137,25 +118,13 @@ def test_accepts_the_args_yaml_that_train_py_writes(folder, capsys):
     accepted(capsys)
 
 
-def test_names_keys_that_older_versions_of_train_py_do_not_have(folder, capsys):
-    assert 'only in a train.py newer than timm 1.0.28' not in accepted(capsys)
-    change(train_img_sizes=[24, 32])
-    assert 'train_img_sizes: only in a train.py newer than timm 1.0.28' in accepted(capsys)
-
-
 @pytest.mark.parametrize(
     'changes, message',
     [
-        (
-            {'batch-size': 64},
-            'c.yaml: batch-size: not an option of train.py (timm 1.0.29.dev0), did you mean batch_size',
-        ),
-        (
-            {'bach_size': 64},
-            'c.yaml: bach_size: not an option of train.py (timm 1.0.29.dev0), did you mean batch_size',
-        ),
-        ({'dr': 0.2}, 'c.yaml: dr: not an option of train.py (timm 1.0.29.dev0), did you mean decay_rate'),
-        ({'zzz': 1}, 'c.yaml: zzz: not an option of train.py (timm 1.0.29.dev0).'),
+        ({'batch-size': 64}, f'c.yaml: batch-size: {NO_OPTION}, did you mean batch_size'),
+        ({'bach_size': 64}, f'c.yaml: bach_size: {NO_OPTION}, did you mean batch_size'),
+        ({'dr': 0.2}, f'c.yaml: dr: {NO_OPTION}, did you mean decay_rate'),
+        ({'zzz': 1}, f'c.yaml: zzz: {NO_OPTION}.'),
         ({'batch_size': 64.0}, 'c.yaml: batch_size: must be an integer, not 64.0.'),
         ({'batch_size': True}, 'c.yaml: batch_size: must be an integer, not True.'),
         ({'lr': 'high'}, "c.yaml: lr: must be a number, not 'high'."),
@@ -175,12 +144,22 @@ def test_names_keys_that_older_versions_of_train_py_do_not_have(folder, capsys):
         ({'model': 'resnet50.a9_in1k'}, 'model: timm knows no model resnet50.a9_in1k, did you mean resnet50.'),
         ({'model': 'local-dir:none'}, 'model: there is no folder none.'),
         ({'model_kwargs': {'depth': 3}}, 'model: resnet92_cifar cannot be built: TypeError: '),
+        ({'data_dir': None}, 'data_dir: not set, the folder of the data is needed.'),
+        (
+            {'num_classes': None, 'model': 'wrn28_10'},
+            "num_classes: 100 (wrn28_10's default, but data/train has 10 classes).",
+        ),
     ],
     ids=str,
 )
 def test_refuses_wrong_keys_and_values(folder, capsys, changes, message):
     change(**changes)
     assert refused(capsys).startswith(message)
+
+
+def test_data_folder_may_be_the_positional_argument_as_in_train_py(folder, capsys):
+    change(data_dir=None)
+    accepted(capsys, 'data')
 
 
 def test_takes_a_number_written_as_text_where_train_py_converts_it(folder, capsys):
@@ -190,16 +169,10 @@ def test_takes_a_number_written_as_text_where_train_py_converts_it(folder, capsy
     accepted(capsys)
 
 
-@pytest.mark.parametrize('text', ['', '- lr', 'lr: [1', 'lr: 2024-13-01', b'\xff\xfe\xfa'], ids=repr)
-def test_refuses_a_file_that_is_no_config(folder, capsys, text):
-    with open('c.yaml', 'wb') as f:
-        f.write(text if isinstance(text, bytes) else text.encode())
-    assert refused(capsys).startswith('c.yaml: not ')
-
-
 @pytest.mark.parametrize(
     'text, message',
     [
+        *((text, 'c.yaml: not ') for text in ('', '- lr', 'lr: [1', 'lr: 2024-13-01', b'\xff\xfe\xfa')),
         ('lr: 0.1\nlr: 0.2', 'c.yaml: lr: given twice, in lines 1 and 2.'),
         ('opt_kwargs:\n  eps: 1\n  eps: 2', 'c.yaml: eps: given twice, in lines 2 and 3.'),
         ('opt_kwargs: {eps: 1, "eps": 2}', 'c.yaml: eps: given twice, in lines 1 and 1.'),
@@ -217,9 +190,8 @@ def test_refuses_a_file_that_is_no_config(folder, capsys, text):
     ],
     ids=lambda text: text[:20],
 )
-def test_refuses_yaml_that_is_endless_ambiguous_or_senseless(folder, capsys, text, message):
-    with open('c.yaml', 'w') as f:
-        f.write(text)
+def test_refuses_yaml_that_is_no_config_endless_ambiguous_or_senseless(folder, capsys, text, message):
+    Path('c.yaml').write_bytes(text if isinstance(text, bytes) else text.encode())
     assert refused(capsys).startswith(message)
 
 
@@ -236,23 +208,14 @@ def test_refuses_a_config_that_is_not_there(folder, capsys):
 @pytest.mark.parametrize(
     'options, message',
     [
-        (['--bach-size', '64'], '--bach-size: not an option of train.py, did you mean --batch-size'),
-        (['--config', 'd.yaml'], '--config: not an option of train.py.'),
-        (['--batch-size', 'big'], "argument -b/--batch-size: invalid int value: 'big'"),
-        (['--kd-distill-type', 'soft'], "argument --kd-distill-type: invalid choice: 'soft'"),
-        (['--torchscript', '--torchcompile'], 'argument --torchcompile: not allowed with argument --torchscript'),
-        (['--opt-kwargs', 'fused'], '--model-kwargs, --opt-kwargs must be KEY=VALUE'),
-        (['--model-kwargs', 'layers={[]: 1}'], '--model-kwargs, --opt-kwargs must be KEY=VALUE'),
-    ],
-    ids=' '.join,
-)
-def test_refuses_wrong_options(folder, capsys, options, message):
-    assert refused(capsys, *options).startswith(message)
-
-
-@pytest.mark.parametrize(
-    'options, message',
-    [
+        ('--bach-size 64', '--bach-size: not an option of train.py, did you mean --batch-size'),
+        ('--config d.yaml', '--config: not an option of train.py.'),
+        ('--batch-size big', "argument -b/--batch-size: invalid int value: 'big'"),
+        ('--kd-distill-type soft', "argument --kd-distill-type: invalid choice: 'soft'"),
+        ('--torchscript --torchcompile', 'argument --torchcompile: not allowed with argument --torchscript'),
+        ('--opt-kwargs fused', '--model-kwargs, --opt-kwargs must be KEY=VALUE'),
+        ("--model-kwargs 'layers={[]: 1}'", '--model-kwargs, --opt-kwargs must be KEY=VALUE'),
+        # What train.py notices late or takes for something else
         ('--eval-metric prec1', "eval_metric: must be one of top1, top5, loss, not 'prec1'."),
         ('--mixup-mode foo', "mixup_mode: must be one of batch, pair, elem, half, not 'foo'."),
         ('--remode foo', 'remode: must be one of '),
@@ -310,15 +273,44 @@ def test_refuses_wrong_options(folder, capsys, options, message):
         ('--mean 0.5 0.5 nan', 'mean: must be a finite number, not nan.'),
         ('--std 0.2 0.2 0', 'std: must be above 0, not 0.0.'),
         ('--seed -1', 'seed: must be from 0 to 4294967295, not -1.'),
+        ('--train-img-sizes 32 256', 'img_size: 256 px'),
+        ('--input-size 3 224 224', 'img_size: 224 px'),
+        ('--model shawrn40_4 --pretrained', 'pretrained: timm has no weights for shaw'),
+        ('--kd-model-name wrn40_4', 'kd_model_name: timm has no weights for wrn40_4, name a folder'),
+        ('--kd-model-name resnet5O', 'kd_model_name: timm knows no model resnet5O, did you mean resnet50 or '),
+        ('--kd-model-name resnet50', 'kd_model_name: resnet50 has 1000 classes, the student 10.'),
+        # Data
+        ('-b 1000', 'batch_size: 1000, but data/train has '),
+        ('--data-dir elsewhere', 'data_dir: there is no folder elsewhere.'),
+        ('--num-classes 12', 'num_classes: 12 (but data/train has 10 classes).'),
+        ('--dataset torch/cifar100 --dataset-download', 'num_classes: 10 (but torch/cifar100 has 100 classes).'),
+        (
+            '--dataset torch/cifar10 --dataset-download --train-split training_set',
+            "train_split: timm takes 'training_set' for the test set of torch/cifar10",
+        ),
+        (
+            '--dataset torch/cifar10 --dataset-download --val-split train',
+            "val_split: timm takes 'train' for the training set of torch/cifar10",
+        ),
     ],
 )
-def test_refuses_values_that_train_py_notices_late_or_takes_for_others(folder, capsys, options, message):
-    assert refused(capsys, *options.split()).startswith(message)
+def test_refuses_wrong_options_and_values(folder, capsys, options, message):
+    assert refused(capsys, *shlex.split(options)).startswith(message)
 
 
 @pytest.mark.parametrize(
     'options',
     [
+        # In all forms that train.py takes
+        '-b 4 -j 2 -vb 32',
+        '--lr=0.2 --batch-size=4',
+        '--weight-dec 0.1',  # argparse takes an unambiguous beginning
+        '--no-aug --no-prefetcher --amp',
+        '--torchcompile --device cpu',
+        '--opt-kwargs fused=True filter_bias_and_bn=False --model-kwargs block_drop_rate=0.3',
+        '--scale 0.5 1 --decay-milestones 61 121',
+        '--dr 0.2 --local_rank 1',
+        # All that timm knows
         '--aa rand-m9-mstd0.5-inc1 --reprob 0.25 --remode rand --mixup 0.8 --cutmix 1 --mixup-mode elem',
         '--aa augmix-m3-w3 --aug-splits 3 --jsd-loss --split-bn --no-prefetcher',
         '--aa original-mstd0.5 --train-crop-mode rkrc --train-interpolation bicubic',
@@ -330,10 +322,34 @@ def test_refuses_values_that_train_py_notices_late_or_takes_for_others(folder, c
         '--in-chans 1 --img-size 32 --mean 0.5 --std 0.2',
         '--train-img-sizes 32 64 --train-batch-sizes 8 4 --train-size-probs 1 0',
         '--torchcompile eager --torchcompile-mode reduce-overhead --amp --amp-dtype bfloat16',
+        '-b 7',  # is odd, without mixing
     ],
 )
-def test_accepts_values_that_train_py_knows(folder, capsys, options):
+def test_accepts_what_train_py_takes(folder, capsys, options):
     accepted(capsys, *options.split())
+
+
+@pytest.mark.parametrize(
+    'options, said',
+    [
+        ('--train-img-sizes 24 32', 'train_img_sizes: only in a train.py newer than timm 1.0.28'),
+        ('--aug-repeats 3', 'aug_repeats: only with several processes'),
+        ('--model sharesnet164_cifar --pretrained', 'of sharesnet164_cifar: load'),
+        ('--model resnet50 --img-size 64 --pretrained', 'of resnet50: NOT CHECKED, they are downloaded'),
+        ('--kd-model-name sharesnet164_cifar', 'sharesnet164_cifar: 10 classes, weights NOT CHECKED'),
+        (
+            '--dataset hfids/timm/imagenet-1k-wds --num-classes 1000 --model sharesnet34',
+            'hfids/timm/imagenet-1k-wds: splits, classes and access NOT CHECKED',
+        ),
+    ],
+)
+def test_says_what_needs_more_or_is_not_checked(folder, capsys, options, said):
+    assert said in accepted(capsys, *options.split())
+    assert said not in accepted(capsys)
+
+
+def test_validation_may_be_off(folder, capsys):
+    assert 'test' not in accepted(capsys, '--val-split', '')
 
 
 # Text that is a name or path of the user's, or asked of torch, timm or PIL
@@ -358,14 +374,6 @@ def test_no_option_of_train_py_is_without_a_check_of_its_value():
 
 def test_interpolations_are_those_of_timm():
     assert set(VALUES['interpolation']) == {'', *_str_to_torch_interpolation}
-
-
-def test_odd_batches_are_fine_without_mixing(folder, capsys):
-    accepted(capsys, '-b', '7')
-
-
-def test_says_that_repeated_augmentation_needs_several_processes(folder, capsys):
-    assert 'aug_repeats: only with several processes' in accepted(capsys, '--aug-repeats', '3')
 
 
 @pytest.mark.parametrize('device', ['gpu', 'meta', 'cuda:99'])
@@ -394,9 +402,8 @@ def test_writes_nothing(folder, capsys):
 
 def test_says_how_it_is_called(folder, capsys):
     assert main([]) == 2
-    assert (
-        capsys.readouterr().err == 'preflight: usage: python -m timm_sharesnet.preflight CONFIG [options of train.py]\n'
-    )
+    usage = 'python -m timm_sharesnet.preflight CONFIG [options of train.py]'
+    assert capsys.readouterr().err == f'preflight: usage: {usage}\n'
 
 
 @pytest.mark.parametrize('argv', [['-h'], ['--help'], ['c.yaml', '--help']], ids=' '.join)
@@ -407,23 +414,10 @@ def test_help_is_no_fault_and_says_what_is_written_and_what_the_exit_codes_mean(
     assert 'writes nothing' in text and 'Exit code 0' in text and 'Exit code 2' in text
 
 
-def test_refuses_a_batch_that_the_images_do_not_fill(folder, capsys):
-    assert refused(capsys, '-b', '1000').startswith('batch_size: 1000, but data/train has ')
-
-
-def test_refuses_a_data_folder_that_is_not_there(folder, capsys):
-    assert refused(capsys, '--data-dir', 'elsewhere') == 'data_dir: there is no folder elsewhere.'
-    change(data_dir=None)
-    assert refused(capsys) == 'data_dir: not set, the folder of the data is needed.'
-    accepted(capsys, 'data')  # as train.py: the folder may be the positional argument
-
-
 def test_refuses_a_split_for_which_timm_would_take_everything(folder, capsys):
     change(val_split=None)  # train.py's default is validation
-    message = (
-        "val_split: there is no folder 'validation' in data (but test, train), and train.py would silently take all"
-    )
-    assert refused(capsys).startswith(message)
+    there = 'data (but test, train), and train.py would silently take all'
+    assert refused(capsys).startswith(f"val_split: there is no folder 'validation' in {there}")
     (folder / 'data' / 'test').rename(folder / 'data' / 'val')  # timm knows val as validation
     assert 'data/val 10 images' in accepted(capsys)
     (folder / 'data' / 'train').rename(folder / 'data' / 'fit')
@@ -484,16 +478,6 @@ def test_accepts_links_to_folders_elsewhere(folder, capsys):
     assert 'data/train 10 images, data/test 10 images' in accepted(capsys)
 
 
-def test_validation_may_be_off(folder, capsys):
-    assert 'test' not in accepted(capsys, '--val-split', '')
-
-
-def test_refuses_another_number_of_classes_than_num_classes(folder, capsys):
-    assert refused(capsys, '--num-classes', '12') == 'num_classes: 12 (but data/train has 10 classes).'
-    change(num_classes=None, model='wrn28_10')
-    assert refused(capsys) == "num_classes: 100 (wrn28_10's default, but data/train has 10 classes)."
-
-
 def test_refuses_splits_with_different_classes(folder, capsys):
     (folder / 'data' / 'test' / 'class3').rename(folder / 'data' / 'test' / 'other')
     assert "'class3' is in data/train, not in data/test" in refused(capsys)
@@ -516,11 +500,6 @@ def test_image_size_must_fit_the_net(folder, capsys, model, size, fits):
         assert f'{size} x {size} px' in accepted(capsys)
     else:
         assert refused(capsys).startswith(f'img_size: {size} px does not fit {model}')
-
-
-def test_checks_the_sizes_of_a_schedule_and_of_input_size(folder, capsys):
-    assert refused(capsys, '--train-img-sizes', '32', '256').startswith('img_size: 256 px')
-    assert refused(capsys, '--input-size', '3', '224', '224').startswith('img_size: 224 px')
 
 
 def test_torch_dataset_must_be_there_unless_it_is_downloaded(folder, capsys):
@@ -555,23 +534,6 @@ def test_torch_dataset_that_is_there_is_counted(folder, capsys, monkeypatch):
     assert 'torch/cifar10 in data: train 15 images, test 4 images, 10 classes' in accepted(capsys)
 
 
-def test_refuses_a_split_name_that_makes_timm_train_on_the_test_set(folder, capsys):
-    change(dataset='torch/cifar10', dataset_download=True, train_split='training_set')
-    assert refused(capsys).startswith("train_split: timm takes 'training_set' for the test set of torch/cifar10")
-    change(dataset='torch/cifar10', dataset_download=True, val_split='train')
-    assert refused(capsys).startswith("val_split: timm takes 'train' for the training set of torch/cifar10")
-
-
-def test_refuses_the_wrong_torch_dataset_for_num_classes(folder, capsys):
-    change(dataset='torch/cifar100', dataset_download=True)
-    assert refused(capsys) == 'num_classes: 10 (but torch/cifar100 has 100 classes).'
-
-
-def test_says_that_streamed_data_is_not_checked(folder, capsys):
-    change(dataset='hfids/timm/imagenet-1k-wds', num_classes=1000, model='sharesnet34')
-    assert 'hfids/timm/imagenet-1k-wds: splits, classes and access NOT CHECKED' in accepted(capsys)
-
-
 def test_accepts_checkpoints_of_the_model(folder, capsys):
     save_checkpoint('last.pth.tar')
     save_file(timm.create_model('resnet92_cifar').state_dict(), 'model.safetensors')
@@ -581,8 +543,12 @@ def test_accepts_checkpoints_of_the_model(folder, capsys):
 
 
 @pytest.mark.parametrize('option', ['--resume', '--initial-checkpoint'])
-def test_refuses_checkpoints_that_are_damaged_missing_or_of_another_model(folder, capsys, option):
+def test_refuses_checkpoints_that_are_damaged_missing_diverged_or_of_another_model(folder, capsys, option):
     key = option.lstrip('-').replace('-', '_')
+    weights = timm.create_model('resnet92_cifar').state_dict()
+    torch.save({'epoch': 3, 'state_dict': {**weights, 'fc.bias': weights['fc.bias'] / 0}}, 'diverged.pth')
+    message = 'diverged.pth is not a checkpoint of resnet92_cifar: fc.bias has values that are not finite.'
+    assert refused(capsys, option, 'diverged.pth') == f'{key}: {message}'
     assert refused(capsys, option, 'none.pth') == f'{key}: there is no file none.pth.'
     save_checkpoint('wide.pth', 'wrn40_4')
     assert refused(capsys, option, 'wide.pth').startswith(f'{key}: wide.pth is not a checkpoint of resnet92_cifar: ')
@@ -619,20 +585,15 @@ def test_names_the_way_that_loads_a_checkpoint_with_another_number_of_classes(fo
 )
 def test_weights_are_not_those_of_a_net_that_computes_something_else(folder, capsys, saved, options, fault):
     kwargs = dict(layers=(2, 2, 6))
-    save_for_hf(
-        timm.create_model('resnet92_cifar', **kwargs, **saved),
-        'run',
-        model_args={**kwargs, **saved},
-        safe_serialization=True,
-    )
+    model = timm.create_model('resnet92_cifar', **kwargs, **saved)
+    save_for_hf(model, 'run', model_args={**kwargs, **saved}, safe_serialization=True)
     change(model_kwargs=kwargs)
     kwargs_option = ['--model-kwargs', 'layers=(2,2,6)', *options]
     ways = [['--initial-checkpoint'], ['--pretrained', '--pretrained-path']]
     for way in ways if 'act_layer' in saved else ways[:1]:  # a new classifier may come with another pooling
         message = refused(capsys, *way, 'run/model.safetensors', *kwargs_option)
-        assert message.startswith(
-            f'{way[-1][2:].replace("-", "_")}: run/model.safetensors has the weights of a net that'
-        )
+        key = way[-1][2:].replace('-', '_')
+        assert message.startswith(f'{key}: run/model.safetensors has the weights of a net that')
         assert fault in message
         found = shlex.split(message.partition('The options for it are ')[2].rstrip('.'))
         accepted(capsys, *way, 'run/model.safetensors', *found)
@@ -650,9 +611,8 @@ def test_pretrained_path_must_be_there_hold_the_model_and_be_used(folder, capsys
     assert refused(capsys, *way, 'none.pth') == 'pretrained_path: there is no file none.pth.'
     assert refused(capsys, way[1], 'none.pth').startswith('pretrained_path: is not loaded without pretrained')
     save_checkpoint('wide.pth', 'wrn40_4')
-    assert refused(capsys, *way, 'wide.pth').startswith(
-        'pretrained_path: wide.pth cannot be loaded: RuntimeError: The '
-    )
+    wide = refused(capsys, *way, 'wide.pth')
+    assert wide.startswith('pretrained_path: wide.pth cannot be loaded: RuntimeError: The ')
     weights = timm.create_model('resnet18', num_classes=3).state_dict()
     torch.save(weights, 'whole.pth')
     torch.save({k: v for k, v in weights.items() if not k.startswith('layer4')}, 'part.pth')  # timm leaves it at random
@@ -660,15 +620,6 @@ def test_pretrained_path_must_be_there_hold_the_model_and_be_used(folder, capsys
     message = 'pretrained_path: part.pth lacks 30 tensors of resnet18, layer4.0.bn1.bias is one.'
     assert refused(capsys, *options, *way, 'part.pth').startswith(message[:50])
     assert 'whole.pth: all' in accepted(capsys, *options, *way, 'whole.pth')
-
-
-def test_pretrained_needs_weights_of_the_model(folder, capsys):
-    assert refused(capsys, '--model', 'shawrn40_4', '--pretrained').startswith(
-        'pretrained: timm has no weights for shaw'
-    )
-    assert 'of sharesnet164_cifar: load' in accepted(capsys, '--model', 'sharesnet164_cifar', '--pretrained')
-    options = ['--model', 'resnet50', '--img-size', '64', '--pretrained']
-    assert 'of resnet50: NOT CHECKED, they are downloaded' in accepted(capsys, *options)
 
 
 def test_refuses_to_resume_what_has_no_epoch_left(folder, capsys):
@@ -737,20 +688,8 @@ def test_teacher_folder_that_is_no_model_is_refused_in_a_sentence(folder, capsys
     torch.save(timm.create_model('resnet92_cifar'), 'teacher/pytorch_model.bin')
     assert refused(capsys).startswith('kd_model_name: local-dir:teacher is a pickled model or holds other objects')
     Path('teacher/pytorch_model.bin').write_text('export FOO=1\n')
-    assert refused(capsys).startswith(
-        'kd_model_name: local-dir:teacher cannot be loaded: its weights or its config.json '
-    )
-
-
-def test_teacher_by_name_must_have_weights_and_the_classes_of_the_student(folder, capsys):
-    change(kd_model_name='wrn40_4')
-    assert refused(capsys).startswith('kd_model_name: timm has no weights for wrn40_4, name a folder')
-    change(kd_model_name='resnet5O')
-    assert refused(capsys).startswith('kd_model_name: timm knows no model resnet5O, did you mean resnet50 or ')
-    change(kd_model_name='resnet50')
-    assert refused(capsys) == 'kd_model_name: resnet50 has 1000 classes, the student 10.'
-    change(kd_model_name='sharesnet164_cifar')
-    assert 'sharesnet164_cifar: 10 classes, weights NOT CHECKED' in accepted(capsys)
+    message = 'kd_model_name: local-dir:teacher cannot be loaded: its weights or its config.json '
+    assert refused(capsys).startswith(message)
 
 
 NAME = '\u00e4  \u043a\u0438\u0442 \U0001f40b'  # with two blanks, and outside of cp1252

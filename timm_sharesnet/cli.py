@@ -11,10 +11,10 @@ A command is a function of its arguments that raises what is wrong. `@command` m
     if __name__ == '__main__':
         sys.exit(main())
 
-`main(argv=None)` returns the exit code. It is 0, or 2 after one line on stderr, `export: ` and what is wrong, for each
-argument of a `CommandError`. The line of an error of the system begins with its file. Wrong options are such errors,
-too. Any other exception is a bug, and keeps its traceback. Characters that a terminal or its encoding lacks are
-escaped. What the libraries log and warn of is not shown.
+`main(argv=None)` returns the exit code, 0 or 2. With 2, stderr has the name and what is wrong, a line for each argument
+of a `CommandError`. Wrong options are such errors, too. The line of an error of the system begins with its file, or
+with that of `concerning`. Any other exception is a bug and keeps its traceback. Characters that a terminal or its
+encoding lacks are escaped. What libraries log and warn of is not shown.
 """
 
 import argparse

@@ -57,7 +57,7 @@ def load_model(
                 f'--model-kwargs): {first_of(faults)}'
             )
         model.load_state_dict(state_dict)
-        if other := other_net_beside(checkpoint, model):
+        if other := other_net_beside(str(checkpoint), model):
             raise CommandError(f'{checkpoint} {other}')
     return model.eval()
 
