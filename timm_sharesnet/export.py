@@ -44,33 +44,20 @@ TOLERANCE = {'fp32': 1e-4, 'fp16': 5e-2}  # largest difference of an output / la
 
 
 class Contents(NamedTuple):
-    """What a file holds, and what ONNX Runtime makes of it.
+    """What a file holds, and what is left of it after ONNX Runtime's default optimisation."""
 
-    Args:
-        bytes: Size of the file and of its `.onnx_data`.
-        kernels: Different 3x3 kernels after ONNX Runtime's default optimisation.
-        uses: 3x3 convolutions.
-        weight_bytes: Size of all weights after it.
-    """
-
-    bytes: int
-    kernels: int
-    uses: int
-    weight_bytes: int
+    bytes: int  # of the file and its `.onnx_data`
+    kernels: int  # different 3x3 kernels that are left
+    uses: int  # 3x3 convolutions that are left
+    weight_bytes: int  # of all weights that are left
 
 
 class Memory(NamedTuple):
-    """Growth of a process, MiB.
+    """Growth of a process, MiB."""
 
-    Args:
-        loaded: By the session, with what the allocator keeps of the memory that was freed while it was made.
-        held: By the session alone (glibc's allocator gives the rest back, `malloc_trim`).
-        peak: At most, in the session's making and three inferences.
-    """
-
-    loaded: float
-    held: float
-    peak: float
+    loaded: float  # by the session, with what the allocator keeps of the memory that was freed while it was made
+    held: float  # by the session alone (glibc's allocator gives the rest back, `malloc_trim`)
+    peak: float  # at most, in the session's making and three inferences
 
 
 def require(*names: str) -> None:
@@ -166,13 +153,11 @@ def quantize(path: Union[str, Path], target: Union[str, Path], batches: Sequence
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches = iter(batches)
+    inputs = ({INPUT: batch} for batch in batches)
 
+    class Reader(CalibrationDataReader):
         def get_next(self) -> Optional[Dict[str, Any]]:
-            batch = next(self.batches, None)
-            return None if batch is None else {INPUT: batch}
+            return next(inputs, None)
 
     with _temporary(f'{Path(path).name} cannot be quantized') as folder:
         prepared, quantized = folder / 'prepared.onnx', folder / 'quantized.onnx'

@@ -17,11 +17,7 @@ _HUB = 'hf-hub', 'hf_hub'
 
 
 def check_checkpoint(args: argparse.Namespace, key: str, model: Any, epochs: int) -> str:
-    """Check that the file of an option, `resume` or `initial_checkpoint`, holds exactly the model's tensors.
-
-    Raises:
-        CommandError: If it cannot be read, holds others, or is to be resumed and has no epoch left of `epochs`.
-    """
+    """Check that the file of an option, `resume` or `initial_checkpoint`, holds exactly the model's tensors."""
     path, name = getattr(args, key), args.model
     if key == 'resume' and path.endswith('.safetensors'):
         raise CommandError(f'{key}: {path} has weights only, start from it with initial_checkpoint.')
@@ -57,11 +53,7 @@ def check_checkpoint(args: argparse.Namespace, key: str, model: Any, epochs: int
 
 
 def check_pretrained(args: argparse.Namespace, model: Any) -> str:
-    """Check the weights of `pretrained`, which timm adapts to the model's classes and channels.
-
-    Raises:
-        CommandError: If there are none, they cannot be read, or tensors other than the classifier's are missing.
-    """
+    """Check the weights of `pretrained`, which timm adapts to the model's classes and channels."""
     name, path = args.model, args.pretrained_path
     if path:
         with concerning('pretrained_path', CommandError):
@@ -104,9 +96,6 @@ def check_name(key: str, name: str) -> str:
 
     Returns:
         Where it comes from: 'local-dir', 'hf-hub', 'hf_hub', or something else.
-
-    Raises:
-        CommandError: If timm does not know it, or there is no such folder.
     """
     source, _, folder = name.partition(':')
     if source == 'local-dir':
@@ -136,11 +125,7 @@ def _unloadable(error: Exception) -> str:
 
 
 def check_teacher(args: argparse.Namespace, num_classes: int) -> str:
-    """Check that the teacher of a distillation has weights and the student's classes.
-
-    Raises:
-        CommandError: If not.
-    """
+    """Check that the teacher of a distillation has weights and the student's classes."""
     name = args.kd_model_name
     source = check_name('kd_model_name', name)
     if source in _HUB:

@@ -16,11 +16,7 @@ _OTHER_TORCH = ('inaturalist', 'inat', 'places365', 'imagenet')
 
 
 def check_data(args: argparse.Namespace, num_classes: int) -> str:
-    """Check both splits, and return what was found.
-
-    Raises:
-        CommandError: If a split is not there, is empty, or has other classes.
-    """
+    """Check both splits, and return what was found."""
     prefix, _, rest = args.dataset.partition('/')
     prefix, name = (prefix.lower(), rest.split('/', 1)[-1].lower()) if rest else ('', '')
     if prefix in ('hfds', 'hfids', 'tfds', 'wds'):

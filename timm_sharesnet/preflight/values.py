@@ -81,11 +81,7 @@ def shown(value: Any) -> str:
 
 
 def check_values(args: argparse.Namespace) -> None:
-    """Check the values of parsed options, each and with one another.
-
-    Raises:
-        CommandError: At the first fault.
-    """
+    """Check the values of parsed options, each and with one another."""
     fault = next(_faults(args), '')
     if fault:
         raise CommandError(fault)
