@@ -288,8 +288,7 @@ def describe_args(config, options, arch):
     """
     import timm
 
-    from timm_sharesnet.model_args import TRAIN_ARGS
-    from timm_sharesnet.preflight.checkpoints import resolve_in_chans
+    from timm_sharesnet.model_args import TRAIN_ARGS, resolve_in_chans
 
     names = {arg: option for arg, option in TRAIN_ARGS.items() if arg not in NO_MODEL_ARGS}
 
@@ -301,8 +300,7 @@ def describe_args(config, options, arch):
         if options.get('split_bn'):
             raise Fault('split_bn: timm builds no net with split batch norms by name, so nobody could load the weights')
         trained = {arg: options.get(key) for arg, key in names.items()} | (options.get('model_kwargs') or {})
-        inputs = argparse.Namespace(**{key: options.get(key) for key in ('in_chans', 'input_size')})
-        trained['in_chans'] = resolve_in_chans(inputs)
+        trained['in_chans'] = resolve_in_chans(options)
         for arg, value in trained.items():
             if value is not None and found.setdefault(arg, value) != value:
                 raise Fault(

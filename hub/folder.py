@@ -63,11 +63,12 @@ def refuse(message):
 
 def require_onnx():
     """Raise unless the packages are there that make and open ONNX files."""
-    from timm_sharesnet.export import ExportError, require
+    from timm_sharesnet.cli import CommandError
+    from timm_sharesnet.export import require
 
     try:
         require('onnx', 'onnxscript', 'onnxruntime')
-    except ExportError as e:
+    except CommandError as e:
         raise Fault(str(e)) from e
 
 
