@@ -5,7 +5,6 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from timm.layers import DropBlock2d, DropPath
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 MAX_SHIFT = 1e3
@@ -13,7 +12,6 @@ MAX_SHIFT = 1e3
 leaves room for what the convolution adds, and a scale that moves is at least a thousandth of its shift."""
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-_NOTHING = (nn.Identity, nn.Dropout, DropPath, DropBlock2d)  # in evaluation
 
 
 # ---- What a layer is
@@ -48,7 +46,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 def does_nothing(layer: Optional[nn.Module]) -> bool:
     """Whether a layer returns its input in evaluation."""
-    return layer is None or isinstance(layer, _NOTHING) and not has_hooks(layer)
+    from timm.layers import DropBlock2d, DropPath  # late: timm imports the models, which import this file
+
+    nothing = nn.Identity, nn.Dropout, DropPath, DropBlock2d
+    return layer is None or isinstance(layer, nothing) and not has_hooks(layer)
 
 
 def conv_args(conv: nn.Conv2d) -> Tuple[Any, ...]:

@@ -183,7 +183,7 @@ def _create_sharesnet(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     return create(ShaResNet, variant, pretrained, **kwargs)
 
 
-def default_cfg(**kwargs: Any) -> Dict[str, Any]:
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
     return {
         'num_classes': 1000,
         'input_size': (3, 224, 224),
@@ -204,18 +204,18 @@ default_cfgs = generate_default_cfgs(
         {
             # The author's weights, once imported (hub/import_torch7.py), and those of procedures A2 and A3 of
             # `ResNet strikes back` (train_configs/), which evaluates at 224 px with crop 0.95 - arXiv:2110.00476
-            'sharesnet34.torch7_in1k': default_cfg(),
-            'sharesnet34.a2_in1k': default_cfg(crop_pct=0.95),
-            'sharesnet34.a3_in1k': default_cfg(crop_pct=0.95),
-            'sharesnet50.torch7_in1k': default_cfg(),
-            'sharesnet50.a2_in1k': default_cfg(crop_pct=0.95),
-            'sharesnet50.a3_in1k': default_cfg(crop_pct=0.95),
-            'sharesnet101.torch7_in1k': default_cfg(),
-            'sharesnet101.a2_in1k': default_cfg(crop_pct=0.95),
-            'sharesnet101.a3_in1k': default_cfg(crop_pct=0.95),
-            'sharesnet152.torch7_in1k': default_cfg(),
-            'sharesnet152.a2_in1k': default_cfg(crop_pct=0.95),
-            'sharesnet152.a3_in1k': default_cfg(crop_pct=0.95),
+            'sharesnet34.torch7_in1k': _cfg(),
+            'sharesnet34.a2_in1k': _cfg(crop_pct=0.95),
+            'sharesnet34.a3_in1k': _cfg(crop_pct=0.95),
+            'sharesnet50.torch7_in1k': _cfg(),
+            'sharesnet50.a2_in1k': _cfg(crop_pct=0.95),
+            'sharesnet50.a3_in1k': _cfg(crop_pct=0.95),
+            'sharesnet101.torch7_in1k': _cfg(),
+            'sharesnet101.a2_in1k': _cfg(crop_pct=0.95),
+            'sharesnet101.a3_in1k': _cfg(crop_pct=0.95),
+            'sharesnet152.torch7_in1k': _cfg(),
+            'sharesnet152.a2_in1k': _cfg(crop_pct=0.95),
+            'sharesnet152.a3_in1k': _cfg(crop_pct=0.95),
         }
     )
 )

@@ -7,18 +7,25 @@ import torch.nn as nn
 from timm.models import generate_default_cfgs, get_pretrained_cfg, is_model_in_modules, register_model
 
 from . import resnetv2
-from .resnet import default_cfg as resnet_cfg
 from .share_rate import ShareRate
 from .weights import create, unknown_model
 
 __all__ = []  # register_model adds the entrypoint fn to this
 
 
-default_cfgs = generate_default_cfgs({'sharesnet.untrained': resnet_cfg()})  # of any base, whose cfg it takes
+def _cfg(base: str) -> Dict[str, Any]:
+    """The default cfg of a model, without its weights."""
+    cfg = get_pretrained_cfg(base)
+    if cfg is None:
+        raise ValueError(f'sharesnet: {base} has no cfg.')
+    return {**cfg.to_dict(remove_source=True), 'architecture': 'sharesnet', 'tag': 'untrained'}
+
+
+default_cfgs = generate_default_cfgs({'sharesnet.untrained': _cfg('resnet50')})  # of another base that base's
 
 
 def _base_cfg(base: str) -> Dict[str, Any]:
-    """The default cfg of a plain model, without its weights."""
+    """The default cfg of what is said to be a plain model."""
     if not isinstance(base, str):
         raise TypeError(f"sharesnet: base must be the name of a model such as 'resnet50', got {base!r}.")
     unknown = unknown_model(base)
@@ -27,11 +34,7 @@ def _base_cfg(base: str) -> Dict[str, Any]:
     arch = base.partition('.')[0]
     if arch.startswith('sha') and is_model_in_modules(arch, ['resnet', 'resnetv2', 'sharesnet']):
         raise ValueError(f'sharesnet: base must be a plain model, and {base} shares: create it by its own name.')
-    cfg = get_pretrained_cfg(base)
-    if cfg is None:
-        raise ValueError(f'sharesnet: {base} has no cfg.')
-    cfg = cfg.to_dict(remove_source=True)
-    return {**cfg, 'architecture': 'sharesnet', 'tag': 'untrained'}
+    return _cfg(base)
 
 
 @register_model
