@@ -8,7 +8,7 @@ import sys
 import pytest
 from hub_project import NAME, ROOT, copy_project
 
-COMMANDS = ('build', 'check', 'publish', 'import_torch7', 'draw_sharing', 'results')
+COMMANDS = ('build', 'check', 'publish', 'import_torch7')
 
 
 @pytest.fixture

@@ -34,18 +34,18 @@ def test_files_that_it_links_to_are_there() -> None:
 
 
 def test_table_of_models_is_the_one_of_the_results_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(README.parent / 'hub'))
-    import results
+    monkeypatch.syspath_prepend(str(README.parent / 'tests' / 'benchmarks'))
+    import accuracy
 
-    (path,) = results.folder.HUB.glob('results-*.csv')
+    (path,) = accuracy.RESULTS.glob('accuracy-*.csv')
     with path.open(newline='') as file:
         rows = list(csv.DictReader(file))
-    assert results.models_table(rows) + '\n' in README.read_text()
+    assert accuracy.models_table(rows) + '\n' in README.read_text()
     for row in rows:  # counts of the running nets
         model = timm.create_model(row['model'], device='meta')
         assert int(row['param_count']) == sum(p.numel() for p in model.parameters())
-        assert int(row['convs']) == results.count_convolutions(model)
-    assert f'[CSV](hub/{path.name})' in README.read_text()
+        assert int(row['convs']) == accuracy.count_convolutions(model)
+    assert f'[CSV](tests/benchmarks/results/{path.name})' in README.read_text()
 
 
 def test_tables_of_sharing_are_those_of_the_results_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,11 @@
 """Draw the idea of ShaResNet, a stage of a bottleneck ResNet beside one that shares its 3x3.
 
-    python hub/draw_sharing.py
+    python tests/benchmarks/draw_sharing.py
 
-Written is sharing.svg beside this file, and nothing else. Exit code 0, or 1 and a line that says what is wrong.
+Written is hub/sharing.svg, and nothing else.
 """
 
-import argparse
 from pathlib import Path
-
-import folder
 
 OWN = ('#4c72b0', '#dd8452', '#55a868', '#8172b3')  # one colour for each 3x3 with weights of its own
 SHARED, LIGHT, DARK = '#c44e52', '#e8e8ee', '#333344'
@@ -70,9 +67,6 @@ def stage(y, title, shared):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = folder.refuse
-    parser.parse_args()
     width, height = 2 * LEFT + 4 * BLOCK_W + 3 * GAP, 470
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
@@ -83,8 +77,8 @@ def main():
         f'{stage(246, "ShaResNet: the stage has one 3x3 and lends it to its blocks", shared=True)}'
         f'</svg>\n'
     )
-    Path(__file__).with_name('sharing.svg').write_text(svg, encoding='utf-8')
+    (Path(__file__).parents[2] / 'hub' / 'sharing.svg').write_text(svg, encoding='utf-8')
 
 
 if __name__ == '__main__':
-    folder.run(main)
+    main()

@@ -1,29 +1,33 @@
-#!/usr/bin/env python3
 """Results of all nets, as timm has them in results/: one file, from which README.md's table and a picture are made.
 
-    python hub/results.py
+    python tests/benchmarks/accuracy.py
 
-Written are hub/results-MACHINE-VERSIONS.csv, the table of models in README.md, and hub/accuracy.svg (after Figure 5 of
-the paper), and the paper's Tables 1 to 3 are printed. Parameters, convolutions, GMACs and activations are counted on
-the running nets; accuracies are the manifest's and the paper's; file and session memory are those of the
-tests/benchmarks/results/deploy-MACHINE-VERSIONS.csv of the newest versions (the folded net in ONNX Runtime, fp32),
-hence the name. It needs matplotlib. Exit code 0, or 1 and a line for each fault.
+Written are results/accuracy-MACHINE-VERSIONS.csv, the table of models in README.md, and hub/accuracy.svg (after Figure
+5 of the paper), and the paper's Tables 1 to 3 are printed. Parameters, convolutions, GMACs and activations are counted
+on the running nets; accuracies are those of hub/manifest.json and of the paper; file and session memory are those of
+the results/deploy-MACHINE-VERSIONS.csv of the newest versions (the folded net in ONNX Runtime, fp32), hence the name.
+It needs matplotlib.
 """
 
-import argparse
 import csv
 import re
+import sys
+from pathlib import Path
 
-import catalog
-import folder
-from catalog import DATASETS, NETS
-from folder import Fault
+import timm
+import torch
 from packaging.version import Version
 
-ROOT = folder.HUB.parent
+RESULTS = Path(__file__).parent / 'results'
+ROOT = Path(__file__).parents[2]
 README = ROOT / 'README.md'
-PICTURE = folder.HUB / 'accuracy.svg'
-DEPLOY = ROOT / 'tests' / 'benchmarks' / 'results'
+PICTURE = ROOT / 'hub' / 'accuracy.svg'
+
+sys.path.append(str(ROOT / 'hub'))
+import catalog  # noqa: E402
+import folder  # noqa: E402
+from catalog import DATASETS, NETS  # noqa: E402
+
 COLUMNS = (
     'model dataset img_size param_count convs gmacs macts tag top1 top5 top1_paper top5_paper table onnx_mb '
     'session_mib twin'
@@ -32,19 +36,9 @@ SHARED = [name for name, net in NETS.items() if net.twin != name]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = folder.refuse
-    parser.parse_args()
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as e:
-        raise Fault('the picture needs matplotlib: pip install matplotlib') from e
-    deploys = [*DEPLOY.glob('deploy-*.csv')]
-    if not deploys:
-        raise Fault(f'{DEPLOY} has no deploy-*.csv: run tests/benchmarks/deploy.py')
-    deploy = newest(deploys)
+    deploy = newest(RESULTS.glob('deploy-*.csv'))
     rows = measure(deploy)
-    path = folder.HUB / deploy.name.replace('deploy-', 'results-', 1)
+    path = deploy.with_name(deploy.name.replace('deploy', 'accuracy', 1))
     text = put_table(README.read_text(encoding='utf-8'), models_table(rows))
     with path.open('w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
@@ -66,8 +60,6 @@ def newest(paths):
 
 def measure(deploy):
     """The rows of all nets, given a file of deployed nets: ours first, then the unshared ones."""
-    import timm
-
     with deploy.open(newline='', encoding='utf-8') as file:
         deployed = {
             row['net'] if row['form'] == 'folded' else NETS[row['net']].twin: row
@@ -127,8 +119,6 @@ def paper_of(name):
 
 def count_convolutions(model):
     """Distinct convolutions, those of the shortcuts among them."""
-    import torch
-
     return sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
 
 
@@ -167,7 +157,7 @@ def put_table(text, table):
     """README with the table of models replaced."""
     found = re.findall(r'^\| model \| data \|.*\n(?:\|.*\n)+', text, re.M)
     if len(found) != 1:
-        raise Fault(f'{README.name} has {len(found)} tables of models instead of one')
+        sys.exit(f'{README.name} has {len(found)} tables of models instead of one')
     return text.replace(found[0], table + '\n')
 
 
@@ -209,15 +199,14 @@ def draw(rows):
     figure = Figure(figsize=(11, 3.8), layout='constrained')
     panels = figure.subplots(1, 3, width_ratios=[1, 0.8, 1.2])
     for axes, dataset in zip(panels, ('CIFAR-10', 'CIFAR-100', 'ImageNet-1k'), strict=True):
+        places = {}
         for row in (row for row in rows if row['dataset'] == dataset):
-            x, y = int(row['param_count']) / 1e6, float(row['top1_paper'])
+            places[row['model']] = x, y = int(row['param_count']) / 1e6, float(row['top1_paper'])
             if row['twin']:
                 twin = by_name[row['twin']]
                 axes.plot([x, int(twin['param_count']) / 1e6], [y, float(twin['top1_paper'])], color='#c8c8d0', lw=1)
             label, colour = ('shared, paper', '#c44e52') if row['twin'] else ('unshared, paper', '#4c72b0')
             axes.plot(x, y, 'o', color=colour, label=label, zorder=2)
-            above = row['twin'] and dataset == 'ImageNet-1k'  # where labels would meet
-            axes.annotate(row['model'], (x, y), xytext=(5, 5 if above else -11), textcoords='offset points', fontsize=7)
             if row['top1'] != '':
                 axes.plot(x, float(row['top1']), '*', color='#2e8b57', ms=11, label='ours, measured', zorder=3)
         axes.set(title=dataset, xlabel='parameters, M', ylabel='top-1, %')
@@ -226,8 +215,33 @@ def draw(rows):
         axes.spines[['top', 'right']].set_visible(False)
         labels = {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
         axes.legend(labels.values(), labels.keys(), fontsize=7, loc='lower right')
+        figure.draw_without_rendering()  # settles where points are
+        put_labels(axes, places)
     figure.savefig(PICTURE, metadata={'Date': None})
 
 
+def put_labels(axes, places):
+    """Write names beside points, name -> (x, y) of the data: each inside, on no other, no point and no line."""
+    from matplotlib.transforms import Bbox
+
+    lines = [line.get_path().interpolated(50).transformed(axes.transData) for line in axes.get_lines()]
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for line in lines for x, y in line.vertices]
+    taken.append(axes.get_legend().get_window_extent())
+    sides = {'left': 6, 'right': -6, 'center': 0}  # of the point that the text is aligned at
+    for name, point in places.items():
+        tried = []
+        for dy in (-12, 6, -3, -20, 14):
+            for side, dx in sides.items():
+                text = axes.annotate(name, point, (dx, dy), textcoords='offset points', ha=side, fontsize=7)
+                box = text.get_window_extent().padded(1)  # a browser's letters may be a little wider
+                inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
+                tried.append((sum(box.overlaps(other) for other in taken) + (not inside), len(tried), box, text))
+        *_, box, best = min(tried)
+        taken.append(box)
+        for *_, text in tried:
+            if text is not best:
+                text.remove()
+
+
 if __name__ == '__main__':
-    folder.run(main)
+    main()

@@ -1,4 +1,4 @@
-"""hub/results.py takes the newest measurements, and the accuracies of the paper's nets alone."""
+"""benchmarks/accuracy.py takes the newest measurements, and the accuracies of the paper's nets alone."""
 
 import os
 
@@ -7,14 +7,14 @@ from hub_project import ROOT
 
 
 @pytest.fixture
-def results(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'hub'))
-    import results
+def accuracy(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tests' / 'benchmarks'))
+    import accuracy
 
-    return results
+    return accuracy
 
 
-def test_newest_measurements_are_those_of_the_newest_versions(results, tmp_path):
+def test_newest_measurements_are_those_of_the_newest_versions(accuracy, tmp_path):
     """Not of the youngest file: a clone does not keep the times. Nor of the last name: 10 comes after 9."""
     names = [
         'deploy-Z-ort1.9.0-ov2027.1.0-torch2.15.0.csv',
@@ -24,10 +24,10 @@ def test_newest_measurements_are_those_of_the_newest_versions(results, tmp_path)
     for i, name in enumerate(names):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (i, i))
-    assert results.newest(tmp_path.iterdir()).name == names[1]
+    assert accuracy.newest(tmp_path.iterdir()).name == names[1]
 
 
-def test_net_with_other_arguments_is_not_the_best_of_its_name(results):
+def test_net_with_other_arguments_is_not_the_best_of_its_name(accuracy):
     def entry(top1, **model_args):
         return {'accuracy': top1 and {'top1': top1, 'top5': 99.0}, 'model_args': model_args}
 
@@ -39,6 +39,6 @@ def test_net_with_other_arguments_is_not_the_best_of_its_name(results):
         'shawrn28_10.new_c100': entry(None),
         'wrn28_10.a_c100': entry(83.0, share_rate=0.0),
     }
-    assert results.find_best('shawrn28_10', manifest) == 'shawrn28_10.a_c100'
-    assert results.find_best('wrn28_10', manifest) == 'wrn28_10.a_c100'
-    assert results.find_best('wrn40_4', manifest) is None
+    assert accuracy.find_best('shawrn28_10', manifest) == 'shawrn28_10.a_c100'
+    assert accuracy.find_best('wrn28_10', manifest) == 'wrn28_10.a_c100'
+    assert accuracy.find_best('wrn40_4', manifest) is None
