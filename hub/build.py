@@ -20,7 +20,7 @@ and OWN/weights.json. What the options tell of data and licence is kept there, s
 are those of the image folders (test, else val or validation), or of --class-names.
 
 Written are the folder, its entries in manifest.json and weights.json, and the copy in the package of weights that
-travel in it; all of it, or nothing if anything is wrong. Exit code 0, or 1 and a line for each fault. It needs onnx,
+travel in it; all of it, or nothing if anything is wrong. Exit code 0, or 2 and a line for each fault. It needs onnx,
 onnxscript and onnxruntime (timm-sharesnet[onnx]), and matplotlib to draw curves.
 """
 
@@ -28,22 +28,32 @@ import argparse
 import contextlib
 import datetime
 import json
-import logging
 import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import card
 import catalog
 import folder
 import provenance
+import timm
+import torch
 import yaml
 from catalog import DEFAULT_ARGS, Dataset
-from folder import WEIGHTS, Fault
+from folder import KINDS, MODES, ONNX, WEIGHTS, LabelledImages
+from safetensors.torch import load_file
+from timm.data.readers import create_reader
+
+import timm_sharesnet
+from timm_sharesnet import fold, unshare
+from timm_sharesnet.cli import CommandError, Parser, command, concerning
+from timm_sharesnet.export import export_onnx, inspect, open_session, quantize, session_memory
+from timm_sharesnet.model_args import TRAIN_ARGS, args_from_options
+from timm_sharesnet.weights import mismatches, save_folder
 
 HALF_ABOVE = 20e6  # bytes of fp32, above which our own weights are stored as fp16
 CALIBRATION = 256  # training images that int8 is calibrated with
@@ -57,8 +67,9 @@ HUB_ID = r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*'
 METADATA = {'license': r'[a-z0-9][a-z0-9.-]*', 'base_model': HUB_ID, 'new_version': HUB_ID}
 
 
-def main():
-    args = parse_arguments()
+@command('build.py')
+def main(argv):
+    args = parse_arguments(argv)
     shelf = catalog.open_shelf(args.output)
     namespace = catalog.choose_namespace(args.namespace, shelf)
     release = catalog.parse(args.model, shelf)
@@ -67,41 +78,38 @@ def main():
     if folder.aside(release.path).exists():
         with shelf.locked():
             folder.restore(release.path)
-    candidates, files = read_path(args.path, release)
-    config, options = parse_records(files)
-    check_origin(config, options, release)
+    candidates, config, options, files = read_path(args.path, release)
     release = release._replace(model_args=describe_args(config, options, release.arch))
     if release.other_args and shelf.read()[1].get(release.name, {}).get('packaged'):
-        raise Fault(f'{release.name} is "packaged" in weights.json: loaded by name it lacks {card.tell_args(release)}')
+        raise CommandError(
+            f'{release.name} is "packaged" in weights.json: loaded by name it lacks {card.tell_args(release)}'
+        )
     training, points, seed = provenance.describe(files)
     if points:
         require_matplotlib()
-    dataset = describe_dataset(args, release, candidates, options.get('class_map'))
-    mode = folder.MODES[release.in_chans]
-    images, calibration = open_images(args.data_dir, dataset, mode) if args.data_dir else (None, [])
-    if images and not dataset.ours:
-        dataset = dataset._replace(images=len(images))
-    release = release._replace(dataset=dataset)
+    release = release._replace(dataset=describe_dataset(args, release, candidates, options.get('class_map')))
+    model = make_model(release, config, options)
+    images, calibration = open_images(args.data_dir, release.dataset, model) if args.data_dir else (None, [])
+    if images and not release.dataset.ours:
+        release = release._replace(dataset=release.dataset._replace(images=len(images)))
 
     with work_in(shelf) as temporary:
         new = temporary / release.name
         new.mkdir()
         for name, content in files.items():
             (new / name).write_bytes(content)
-        entry = build(new, release, candidates, images) | {'seed': seed, 'metadata': metadata}
+        entry = build(new, release, model, candidates, images) | {'seed': seed, 'metadata': metadata}
         if points:
             draw_curves(points, release, new / 'curves.png')
         entry['onnx'] = build_onnx(new, release, images, calibration, entry['onnx'])
-        facts = describe_model(new)
         with shelf.locked():  # two builds at once: the entries of both
             folder.restore(release.path)
             manifest, pins = shelf.read()
-            manifest = dict(sorted((manifest | {release.name: entry}).items()))
+            manifest[release.name] = {key: entry[key] for key in folder.ENTRY}
             pin = pins[release.name] = make_pin(new, release, pins.get(release.name, {}))
-            names = {path.name for path in new.iterdir()}
-            text = card.compose(release, namespace, manifest, pin, facts, training, names)
+            text = card.compose(release, new, namespace, manifest, pin, training)
             (new / 'README.md').write_text(text, encoding='utf-8')
-            ignored = install(new, release, manifest, dict(sorted(pins.items())))
+            ignored = install(new, release, manifest, pins)
     picked = f', {entry["picked"]}' if entry['picked'] else ''
     print(f'{release.shown}: {pin["size"]:,} bytes, {entry["dtype"]}, {tell_accuracy(entry)}{picked}')
     tell_onnx(entry['onnx'], args.data_dir)
@@ -109,9 +117,8 @@ def main():
         print(f'hub{line} goes beyond {catalog.TRACKED_BYTES / 1e6:.0f} MB in all, so git ignores it')
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = folder.refuse
+def parse_arguments(argv):
+    parser = Parser(description=__doc__)
     parser.add_argument('path', type=Path, metavar='PATH', help='checkpoint or folder')
     parser.add_argument('--model', required=True, metavar='ARCH.TAG', help='architecture, and what tells its weights')
     parser.add_argument('--data-dir', type=Path, metavar='DIR', help='images to measure the accuracy with')
@@ -127,7 +134,7 @@ def parse_arguments():
     own.add_argument(
         '--class-names', type=Path, metavar='FILE', help="one a line in the order of the outputs, train.py's class_map"
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @contextlib.contextmanager
@@ -159,7 +166,7 @@ def make_pin(new, release, before):
 def install(new, release, manifest, pins):
     """Put the finished folder in its place, and what tells of it. Returns what was added to .gitignore."""
     shelf, ignored = release.shelf, []
-    contents = {shelf.manifest: folder.to_json(manifest).encode(), shelf.pins: folder.to_json(pins).encode()}
+    contents = {shelf.manifest: folder.to_json(manifest), shelf.pins: folder.to_json(pins)}
     if shelf.package:
         text = shelf.ignored.read_text(encoding='utf-8')
         ignored = catalog.ignore_too_large(release.name, manifest, pins, text.split())
@@ -182,94 +189,97 @@ def tell_accuracy(entry):
 
 def tell_onnx(onnx, data_dir):
     """Print a line for each ONNX file, or why there is none."""
-    for name in folder.KINDS:
+    for name in KINDS:
         if name in onnx['files']:
             own, twin = onnx['files'][name], (onnx['twin'] or {}).get(name)
             against = f"; its twin's {card.megabytes(twin['size'])}, {card.session(twin)}" if twin else ''
             size = card.megabytes(folder.onnx_size(onnx['files'], name))
-            print(f'{folder.ONNX}/{name}: {size}, {tell_accuracy(own)}, {card.session(own)}{against}')
+            print(f'{ONNX}/{name}: {size}, {tell_accuracy(own)}, {card.session(own)}{against}')
         else:
             why = f'{data_dir} has no folder train' if data_dir else 'without --data-dir there are no images'
-            print(f'no {folder.ONNX}/{name}: {why} to calibrate it with')
+            print(f'no {ONNX}/{name}: {why} to calibrate it with')
 
 
 # Reading
 
 
 def read_path(path, release):
-    """The sets of weights found (label -> tensors) and the other files to publish (name -> bytes, cleaned)."""
+    """What a path has: sets of weights (label -> tensors), config.json, options of train.py, files to publish (bytes).
+
+    Raises:
+        CommandError: Also if the weights would change their architecture or origin by way of --model.
+    """
     if path.is_dir():
         names = (WEIGHTS, 'last.pth.tar', 'model_best.pth.tar')
         weights = next((path / name for name in names if (path / name).is_file()), None)
         if weights is None:
-            raise Fault(f'{path} has none of {", ".join(names)}')
-        refuse_link(weights)
+            raise CommandError(f'{path} has none of {", ".join(names)}')
     elif path.is_file():
         weights = path
     else:
-        raise Fault(f'{path} does not exist')
-    files = {}
-    for name in ('config.json', *sorted(folder.PROVENANCE)):
-        source = weights.parent / name
-        if source.is_file() and (weights.name == WEIGHTS or path.is_dir() or (weights.parent / 'args.yaml').is_file()):
-            refuse_link(source)
-            content = source.read_bytes()
-            files[name] = content if name == 'config.json' else provenance.clean(name, content)
-    if release.imported and 'source.json' not in files:
-        imported = json.loads(files.get('config.json', '{}')).get('torch7', {})  # its file and SHA-256
-        source = {'source': card.AUTHOR, 'imported with': 'import_torch7.py of timm-sharesnet', **imported}
-        files['source.json'] = provenance.clean('source.json', provenance.dump(source))
+        raise CommandError(f'{path} does not exist')
+    found = {}
+    if weights.name == WEIGHTS or path.is_dir() or (weights.parent / 'args.yaml').is_file():
+        found = {name: weights.parent / name for name in ('config.json', *sorted(folder.PROVENANCE))}
+        found = {name: file for name, file in found.items() if file.is_file()}
+    for file in (*found.values(), *([weights] if path.is_dir() else [])):
+        if file.is_symlink():
+            raise CommandError(f'{file} is a link, and what it points to would be published: copy the file there')
     candidates, options = read_weights(weights)
+    files = {name: file.read_bytes() for name, file in found.items()}
     if options and 'args.yaml' not in files:
-        files['args.yaml'] = provenance.clean('args.yaml', yaml.safe_dump(options))
-    if not folder.PROVENANCE & files.keys():
+        files['args.yaml'] = yaml.safe_dump(options).encode()
+    config, options = parse_records(files)
+    check_origin(config, options, release)
+    files.pop('config.json', None)
+    if release.imported and 'source.json' not in files:  # its file and SHA-256
+        source = {'source': card.AUTHOR, 'imported with': 'import_torch7.py of timm-sharesnet'}
+        files['source.json'] = provenance.dump(source | config.get('torch7', {}))
+    if not files:
         files['training.json'] = provenance.dump(provenance.NOT_RECORDED)
     if weights.name == 'model_best.pth.tar':
         candidates = {f'{label}, epoch with the best test accuracy': v for label, v in candidates.items()}
-    return candidates, files
-
-
-def refuse_link(file):
-    if file.is_symlink():
-        raise Fault(f'{file} is a link, and what it points to would be published: copy the file there')
+    return candidates, config, options, {name: provenance.clean(name, content) for name, content in files.items()}
 
 
 def read_weights(path):
     """Tensors of a file, by what they are, and train.py's options if it has them. Nothing else is unpickled."""
-    import torch
-    from safetensors.torch import load_file
-    from timm.models import clean_state_dict
-
     try:
         if path.suffix == '.safetensors':
             return {'weights': load_file(path)}, {}
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        raise Fault(f'{path} cannot be read: {type(e).__name__}: {e}') from e
+        raise CommandError(f'{path} cannot be read: {type(e).__name__}: {e}') from e
     if not isinstance(checkpoint, dict):
-        raise Fault(f'{path} holds no state dict but a {type(checkpoint).__name__}')
+        raise CommandError(f'{path} holds no state dict but a {type(checkpoint).__name__}')
     keys = {'state_dict_ema': 'EMA', 'state_dict': 'not averaged'}
-    found = {label: clean_state_dict(checkpoint[key]) for key, label in keys.items() if checkpoint.get(key)}
+    clean = timm.models.clean_state_dict
+    found = {label: clean(checkpoint[key]) for key, label in keys.items() if checkpoint.get(key)}
     options = vars(checkpoint['args']) if isinstance(checkpoint.get('args'), argparse.Namespace) else {}
-    return found or {'weights': clean_state_dict(checkpoint)}, options if 'model_kwargs' in options else {}
+    return found or {'weights': clean(checkpoint)}, options if 'model_kwargs' in options else {}
 
 
 def check_origin(config, options, release):
     """Weights must not change their architecture or origin by way of --model."""
     for file, found in {'config.json': config.get('architecture'), 'args.yaml': options.get('model')}.items():
         if found and found.partition('.')[0] != release.arch:
-            raise Fault(f'{file} says {found}, --model says {release.arch}')
+            raise CommandError(f'{file} says {found}, --model says {release.arch}')
     imported = 'torch7' in str(config.get('pretrained_cfg', {}).get('tag'))
     if imported and not release.imported:
-        raise Fault(f'these weights were imported from Torch7: the tag must start with torch7_, found {release.tag}')
+        raise CommandError(
+            f'these weights were imported from Torch7: the tag must start with torch7_, found {release.tag}'
+        )
     if release.imported and not imported:
-        raise Fault(f'{release.tag} is for weights that hub/import_torch7.py wrote: give its output directory')
+        raise CommandError(f'{release.tag} is for weights that hub/import_torch7.py wrote: give its output directory')
 
 
 def parse_records(files):
     """What config.json and train.py's args.yaml say, of files (name -> bytes) that need not have them."""
-    return json.loads(files.get('config.json', '{}')), yaml.safe_load(files.get('args.yaml', b'')) or {}
+    options = yaml.safe_load(files.get('args.yaml', b'')) or {}
+    if not isinstance(options, dict):
+        raise CommandError(f'args.yaml holds no options but a {type(options).__name__}')
+    return json.loads(files.get('config.json', '{}')), options
 
 
 def read_records(path):
@@ -284,46 +294,46 @@ def describe_args(config, options, arch):
     The config.json that came with the weights and the options of train.py tell it.
 
     Raises:
-        Fault: By the name of the option, if the net does not take it, or config.json cannot hold it.
+        CommandError: By the name of the option, if the net does not take it, or it may not be published.
     """
-    import timm
-
-    from timm_sharesnet.model_args import TRAIN_ARGS, resolve_in_chans
-
-    names = {arg: option for arg, option in TRAIN_ARGS.items() if arg not in NO_MODEL_ARGS}
 
     def option(arg):
-        return names.get(arg, f'model_kwargs: {arg}') if options else f'model_args: {arg}'
+        return TRAIN_ARGS.get(arg, f'model_kwargs: {arg}') if options else f'model_args: {arg}'
 
-    found = dict(config.get('model_args') or {})
-    if options:
-        if options.get('split_bn'):
-            raise Fault('split_bn: timm builds no net with split batch norms by name, so nobody could load the weights')
-        trained = {arg: options.get(key) for arg, key in names.items()} | (options.get('model_kwargs') or {})
-        trained['in_chans'] = resolve_in_chans(options)
-        for arg, value in trained.items():
-            if value is not None and found.setdefault(arg, value) != value:
-                raise Fault(
-                    f'{option(arg)}: args.yaml says {value!r}, config.json {found[arg]!r}: correct the wrong one'
-                )
-    found = {k: v for k, v in found.items() if v is not None and k not in NO_MODEL_ARGS and DEFAULT_ARGS.get(k) != v}
+    if options.get('split_bn'):
+        raise CommandError(
+            'split_bn: timm builds no net with split batch norms by name, so nobody could load the weights'
+        )
+    trained = args_from_options(options) | (options.get('model_kwargs') or {}) if options else {}
+    found, trained = (
+        {arg: value for arg, value in args.items() if value is not None and arg not in NO_MODEL_ARGS}
+        for args in (config.get('model_args') or {}, trained)
+    )
+    for arg, value in trained.items():
+        if found.setdefault(arg, value) != value:
+            raise CommandError(
+                f'{option(arg)}: args.yaml says {value!r}, config.json {found[arg]!r}: correct the wrong one'
+            )
+    found = {arg: value for arg, value in found.items() if DEFAULT_ARGS.get(arg) != value}
     for arg, value in found.items():
         if not _survives_json(value):
-            raise Fault(f'{option(arg)}: config.json cannot hold {value!r}')
+            raise CommandError(f'{option(arg)}: config.json cannot hold {value!r}')
+        if not provenance.is_plain(value):
+            raise CommandError(f'{option(arg)} is more than numbers and short words, and would be published')
     channels, mode = found.get('in_chans', DEFAULT_ARGS['in_chans']), options.get('input_img_mode')
-    if channels not in folder.MODES:
-        raise Fault(f'{option("in_chans")}: images have 1 to {max(folder.MODES)} channels, not {channels!r}')
-    if mode not in (None, folder.MODES[channels]):
-        raise Fault(
+    if channels not in MODES:
+        raise CommandError(f'{option("in_chans")}: images have 1 to {max(MODES)} channels, not {channels!r}')
+    if mode not in (None, MODES[channels]):
+        raise CommandError(
             f'input_img_mode: config.json has no place for {mode}, and images of {channels} channels are read as '
-            f'{folder.MODES[channels]}'
+            f'{MODES[channels]}'
         )
     try:
         if found:
             timm.create_model(arch, device='meta', **found)
     except Exception as e:  # whatever a model's constructor raises
         given = ', '.join(f'{option(arg)} {value!r}' for arg, value in found.items())
-        raise Fault(f'{arch} cannot be built with {given}: {e}') from e
+        raise CommandError(f'{arch} cannot be built with {given}: {e}') from e
     return found
 
 
@@ -337,13 +347,13 @@ def _survives_json(value):
 def describe_metadata(args, release):
     """What the card's metadata get from a person: by the options, else as before. An empty option takes it out."""
     if args.license and release.shelf.package:
-        raise Fault('--license is for weights of your own: give --output DIR, too')
+        raise CommandError('--license is for weights of your own: give --output DIR, too')
     found = dict(release.shelf.read()[0].get(release.name, {}).get('metadata', {}))
     for key, pattern in METADATA.items():
         value = getattr(args, key)
         if value and not re.fullmatch(pattern, value, re.ASCII):
             wanted = 'an identifier like cc-by-4.0' if key == 'license' else 'NS/NAME'
-            raise Fault(f'--{key.replace("_", "-")} must be {wanted}, found {value!r}')
+            raise CommandError(f'--{key.replace("_", "-")} must be {wanted}, found {value!r}')
         if value is not None:
             found[key] = value
     return {key: value for key, value in found.items() if value}
@@ -352,30 +362,34 @@ def describe_metadata(args, release):
 def describe_dataset(args, release, candidates, class_map):
     """What the weights were trained on: a data set of ours, or a user's as the options tell it, else as before."""
     options = {key: getattr(args, f'dataset_{key}') for key in ('name', 'id', 'license')}
-    given = {key: folder.one_line(value) or None for key, value in options.items() if value is not None}
+    given = {key: ' '.join(value.split()) or None for key, value in options.items() if value is not None}
     before = release.dataset
     if before and before.ours and not given and not args.class_names:
         if args.data_dir and class_map:
-            raise Fault(f'the labels were given by class_map {class_map}, so they are not those of {before.name}')
+            raise CommandError(
+                f'the labels were given by class_map {class_map}, so they are not those of {before.name}'
+            )
         return before
     if release.shelf.package:
-        raise Fault('data of your own are for folders of your own: give --output DIR, too')
+        raise CommandError('data of your own are for folders of your own: give --output DIR, too')
     dataset = before if before and not before.ours else Dataset(None, '', 'test', None, 0)
     if not given.get('name', dataset.name):
-        raise Fault(f'what was {release.name} trained on? Say --dataset-name NAME')
+        raise CommandError(f'what was {release.name} trained on? Say --dataset-name NAME')
     if given.get('id') and not re.fullmatch(HUB_ID, given['id'], re.ASCII):
-        raise Fault(f'--dataset-id must be NS/NAME, found {given["id"]!r}')
+        raise CommandError(f'--dataset-id must be NS/NAME, found {given["id"]!r}')
     names = read_class_names(args.class_names) if args.class_names else dataset.label_names
     if args.data_dir:
         split = find_split(args.data_dir, ('test', 'val', 'validation'))
         given['split'] = 'test' if split.name == 'test' else 'validation'
         if names is None and class_map:
-            raise Fault(f'the labels were given by class_map {class_map}: say --class-names, its names in their order')
-        names = names or list(read_folder(split).reader.class_to_idx)
+            raise CommandError(
+                f'the labels were given by class_map {class_map}: say --class-names, its names in their order'
+            )
+        names = names or read_classes(split)
     classes = count_classes(candidates, release)
     if names and len(names) != classes:
         shown = ', '.join(names[:3])
-        raise Fault(
+        raise CommandError(
             f'the weights have {classes} classes, and there are names for {len(names)} ({shown}, ...): '
             'say --class-names FILE with those of the weights'
         )
@@ -384,20 +398,24 @@ def describe_dataset(args, release, candidates, class_map):
 
 def count_classes(candidates, release):
     """Outputs of the classifier."""
-    import timm
-
     label, tensors = next(iter(candidates.items()))
     weight = f'{timm.models.get_pretrained_cfg(release.arch).classifier}.weight'
     if weight not in tensors:
-        raise Fault(f'{label}: {weight} is missing')
+        raise CommandError(f'{label}: {weight} is missing')
     return len(tensors[weight])
+
+
+def read_classes(path):
+    """Names of classes of a folder of images, in train.py's order: names are sorted as numbers are."""
+    with concerning(path, AssertionError, RuntimeError, ValueError):
+        return list(create_reader('', root=str(path)).class_to_idx)
 
 
 def read_class_names(path):
     """Names of classes, one a line."""
     names = [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]
     if not all(names) or len({*names}) != len(names):
-        raise Fault(f'{path} must have a name for each class, one a line, none twice')
+        raise CommandError(f'{path} must have a name for each class, one a line, none twice')
     return names
 
 
@@ -405,82 +423,69 @@ def find_split(root, names):
     """The folder of images of the first name that there is."""
     split = next((root / name for name in names if (root / name).is_dir()), None)
     if split is None:
-        raise Fault(f'{root} has no folder {" or ".join(names)}')
+        raise CommandError(f'{root} has no folder {" or ".join(names)}')
     return split
 
 
-def open_images(root, dataset, mode='RGB'):
-    """The images of the split that measures, and training images at equal distances to calibrate with, if there are.
-
-    Both are (image, label) pairs of train.py's labels. The images are of a mode of PIL's.
-    """
+def open_images(root, dataset, model):
+    """The labelled images of the split that measures, and training images at equal distances to calibrate with."""
     split = find_split(root, ('test',) if dataset.split == 'test' else ('val', 'validation'))
-    images = open_folder(split, dataset, mode)
+    images = open_folder(split, dataset, model)
     if not (root / 'train').is_dir():
         return images, []
-    training = open_folder(root / 'train', dataset, mode)
-    if training.reader.class_to_idx != images.reader.class_to_idx:
-        raise Fault(f'{root / "train"} and {split} do not have the same classes')
-    n = min(CALIBRATION, len(training))
-    return images, [training[i * len(training) // n] for i in range(n)]
+    training = open_folder(root / 'train', dataset, model)
+    if training.classes != images.classes:
+        raise CommandError(f'{root / "train"} and {split} do not have the same classes')
+    return images, [training[i][0] for i in training.spread(CALIBRATION)]
 
 
-def open_folder(path, dataset, mode='RGB'):
+def open_folder(path, dataset, model):
     """The images of a folder, if they have the classes of the data set and no others."""
-    images = read_folder(path, mode)
-    found, names = list(images.reader.class_to_idx), dataset.names()
-    if len(found) != dataset.classes:
-        raise Fault(f'{path} has {len(found)} classes, {dataset.name} has {dataset.classes}')
-    if names and {*found} != {*names}:
-        raise Fault(f'{path} does not have the classes of {dataset.name}: {", ".join(found[:3])}, ...')
-    return images if names in (None, found) else read_folder(path, mode, {name: i for i, name in enumerate(names)})
-
-
-def read_folder(path, mode='RGB', class_map=''):
-    """The data set that train.py and validate.py make of a folder of images: its names are sorted as numbers are."""
-    from timm.data import create_dataset
-
-    return folder.Images(create_dataset('', root=str(path), search_split=False, class_map=class_map).reader, mode)
+    names = dataset.names()
+    images = LabelledImages(path, model, names)
+    if len(images.classes) != dataset.classes:
+        raise CommandError(f'{path} has {len(images.classes)} classes, {dataset.name} has {dataset.classes}')
+    if names and {*images.classes} != {*names}:
+        raise CommandError(f'{path} does not have the classes of {dataset.name}: {", ".join(images.classes[:3])}, ...')
+    return images
 
 
 # Building
 
 
-def build(new, release, candidates, images):
+def build(new, release, model, candidates, images):
     """Write weights and config.json of the best candidate. Returns the entry of manifest.json."""
-    import torch
-    from safetensors.torch import save_file
-
     dataset = release.dataset
-    model = make_model(release, new)
     for label, tensors in candidates.items():
-        faults = folder.tensor_faults(tensors, model)
+        faults = mismatches(model.state_dict(), tensors)
         if faults and has_other_rate(tensors, model):
-            raise Fault(
+            raise CommandError(
                 f'{label}: the 3x3 kernels are those of another share_rate than {release.share_rate}, all else is of '
                 f'{release.arch}: give a folder whose args.yaml (model_kwargs) or config.json (model_args) has the rate'
             )
         if faults:
-            raise Fault(*(f'{label}: {fault}' for fault in faults[:5]), *_more(faults, 5))
-    parameters = sum(p.numel() for p in model.parameters())
-    if release.in_paper and parameters != release.net.parameters:
-        raise Fault(f'{release.arch} has {parameters:,} parameters, the original {release.net.parameters:,}')
+            lines = [f'{label}: {fault}' for fault in faults.values()]
+            raise CommandError(*lines[:5], *([f'and {len(lines) - 5} more'] if len(lines) > 5 else []))
+    counts = describe_net(release, model)
+    if release.in_paper and counts['parameters'] != release.net.parameters:
+        raise CommandError(
+            f'{release.arch} has {counts["parameters"]:,} parameters, the original {release.net.parameters:,}'
+        )
     half = not release.imported and sum(4 * t.numel() for t in model.state_dict().values()) > HALF_ABOVE
     dtype = torch.float16 if half else torch.float32
 
     written = {}
     for label, tensors in candidates.items():
-        tensors = {k: v.to(dtype).contiguous() if v.is_floating_point() else v for k, v in tensors.items()}
         target = new.with_name(label)
-        target.mkdir()
-        save_file(tensors, target / WEIGHTS, metadata={'format': 'pt'})
-        (target / WEIGHTS).chmod(0o644)  # safetensors lets nobody else read it
-        write_config(model, release, target)
-        finite = all(torch.isfinite(v).all() for v in tensors.values())  # else it does not load
-        reloaded = folder.load(target).state_dict() if finite else {}
-        if not finite or any(not torch.equal(v, reloaded[k].to(v.dtype)) for k, v in tensors.items()):
-            raise Fault(f'{label}: the written file does not hold the same finite values as {dtype}')
-        written[label] = measure_accuracy(folder.load(target), images) if images else None
+        model.float().load_state_dict(tensors)
+        write(model.to(dtype), release, target)
+        try:
+            loaded, expected = folder.load(target), model.state_dict()
+        except RuntimeError:  # not finite
+            loaded, expected = model.float(), {}
+        if not expected or any(not torch.equal(v, loaded.state_dict()[k].to(v.dtype)) for k, v in expected.items()):
+            raise CommandError(f'{label}: the written file does not hold the same finite values as {dtype}')
+        written[label] = measure_accuracy(loaded, images) if images else None
     best = max(written, key=lambda label: (written[label] or {}).get('top1', 0))  # the first, EMA, if equal
     for file in new.with_name(best).iterdir():
         file.rename(new / file.name)
@@ -488,28 +493,29 @@ def build(new, release, candidates, images):
     manifest, pins = release.shelf.read()
     same = pins.get(release.name, {}).get('sha256') == folder.sha256(new / WEIGHTS)
     before = manifest.get(release.name, {}) if same else {}
-    loaded = folder.load(new)
-    sample = {'images': dataset.sample, 'wrong': folder.wrong_in_sample(loaded, dataset)} if dataset.sample else None
     measured = images or not before.get('date')
     return {
-        'model_args': release.model_args,
-        **folder.measure(folder.load(new)),
-        'twin_parameters': count_twin(loaded) if release.shared else None,
+        **release.told,
+        **counts,
         'dtype': str(dtype).removeprefix('torch.'),
-        'imported': release.imported,
-        'data': dataset.name if dataset.ours else dataset._asdict(),
         'accuracy': choose_accuracy(dataset, written[best], before.get('accuracy')),
-        'sample': sample,
+        'sample': take_sample(folder.load(new), dataset),
         'onnx': before.get('onnx'),  # which `build_onnx` replaces
         'picked': tell_picked(best, written) or before.get('picked'),
-        'seed': None,
-        'metadata': {},
         'date': datetime.date.today().isoformat() if measured else before['date'],
     }
 
 
-def _more(faults, shown):
-    return [f'and {len(faults) - shown} more'] if len(faults) > shown else []
+def describe_net(release, model):
+    """What can be counted of a net and its unshared twin."""
+    twin = sum(p.numel() for p in unshare(model).parameters()) if release.shared else None
+    return {**folder.measure(model), 'twin_parameters': twin}
+
+
+def take_sample(model, dataset, session=None):
+    """Which images of our sample the model does not recognize, or a session in its place."""
+    wrong = folder.wrong_in_sample(model, dataset, session) if dataset.sample else None
+    return {'images': dataset.sample, 'wrong': wrong} if dataset.sample else None
 
 
 def has_other_rate(tensors, model):
@@ -520,40 +526,33 @@ def has_other_rate(tensors, model):
     return tensors.keys() != expected.keys() and others[0] == others[1]
 
 
-def make_model(release, path):
+def make_model(release, config, options):
     """The network as it was trained, with a pretrained_cfg that says how its images are preprocessed."""
-    import timm
-
-    # the names of the classes stand at the top level of config.json, see `write_config`
+    # the names of the classes stand at the top level of config.json, see `describe_config`
     overlay = {'tag': release.tag, 'num_classes': release.dataset.classes, 'label_names': None}
     return timm.create_model(
         release.name if is_known(release) else release.arch,
         num_classes=release.dataset.classes,
-        pretrained_cfg_overlay=overlay | describe_preprocessing(release, path),
+        pretrained_cfg_overlay=overlay | describe_preprocessing(release, config, options),
         **release.model_args,
     ).eval()
 
 
 def is_known(release):
     """Whether the package has a default cfg with this tag."""
-    import timm
-
     return release.name in timm.list_models(f'{release.arch}*', include_tags=True)
 
 
-def describe_preprocessing(release, path):
-    """How images are preprocessed: as the cfg of a known tag says, else train.py's options or config.json in `path`.
+def describe_preprocessing(release, config, options):
+    """How images are preprocessed: as the cfg of a known tag says, else train.py's options or config.json.
 
     Mean and std are made to fit the channels as timm's loader does in training.
     """
-    import timm
-
     known = is_known(release)
     cfg = timm.models.get_pretrained_cfg(release.name if known else release.arch).to_dict()
     found = {key: cfg.get(key) for key in PREPROCESSING}
-    config, options = read_records(path)
     given = config.get('pretrained_cfg', {})
-    if options:
+    if options and 'timm_sharesnet' not in config:  # not of a folder made here, whose options are those of the recipe
         kwargs, tag = options.get('model_kwargs') or {}, str(options.get('model')).partition('.')[2]
         given = timm.models.resolve_pretrained_cfg(
             release.arch, kwargs.get('pretrained_cfg') or tag, kwargs.get('pretrained_cfg_overlay')
@@ -569,29 +568,28 @@ def describe_preprocessing(release, path):
     return found
 
 
-def write_config(model, release, target):
-    """config.json as timm writes it. Keys of our own stand at the top level only, where timm ignores them.
-
-    Of the arguments versions of timm write different ones, or none.
-    """
-    from timm.models._hub import save_config_for_hf
-
-    import timm_sharesnet
-
+def write(model, release, target):
+    """Write a folder that timm and transformers load. Keys of ours are at the top level, where timm ignores them."""
     args = config_args(release)
-    own = {'timm_sharesnet': timm_sharesnet.__version__, 'sha256': folder.sha256(target / WEIGHTS)}
-    own['global_pool'] = args['global_pool']
-    if release.dataset.names():
-        own['label_names'] = release.dataset.names()
-    save_config_for_hf(model, target / 'config.json', model_config=own)
-    config = folder.read_json(target / 'config.json')
-    config.pop('model_args', None)
-    config['model_args'] = args
+    own = {'timm_sharesnet': timm_sharesnet.__version__, 'global_pool': args['global_pool']}
+    save_folder(model, target, args, own | ({'label_names': names} if (names := release.dataset.names()) else {}))
+    config = folder.read_json(target / 'config.json') | {'sha256': folder.sha256(target / WEIGHTS)}
     (target / 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
 
 
+def describe_config(release, sha256):
+    """What config.json must have at its top level, None for what it must not have."""
+    return {
+        'architecture': release.arch,
+        'num_classes': release.dataset.classes,
+        'label_names': release.dataset.names(),
+        'model_args': config_args(release),
+        'sha256': sha256,
+    }
+
+
 def config_args(release):
-    """The model_args of config.json. The number of classes is not among them: transformers would pass it twice."""
+    """The model_args of config.json."""
     return {'in_chans': release.in_chans, 'global_pool': DEFAULT_ARGS['global_pool']} | release.model_args
 
 
@@ -615,7 +613,7 @@ def build_onnx(new, release, images, calibration, before):
     import onnxruntime
 
     dataset = release.dataset
-    target, old = new / folder.ONNX, release.path / folder.ONNX
+    target, old = new / ONNX, release.path / ONNX
     target.mkdir()
     known = before['files'] if before else {}
     if known and images is None and all((old / name).is_file() and _is(old / name, known[name]) for name in known):
@@ -623,15 +621,15 @@ def build_onnx(new, release, images, calibration, before):
             shutil.copyfile(old / name, target / name)
         return before
     model = folder.load(new)
-    batches = [batch.numpy() for batch, _ in folder.preprocess(model, calibration)] if calibration else []
+    batches = [torch.stack(calibration[i : i + 100]).numpy() for i in range(0, len(calibration), 100)]
     write_onnx(model, dataset, target, batches)
     files = {}
     for file in sorted(target.iterdir()):
         files[file.name] = {'sha256': folder.sha256(file), 'size': file.stat().st_size}
-        if file.name in folder.KINDS:
+        if file.name in KINDS:
             same = known[file.name] if file.name in known and _is(file, known[file.name]) else {}
             files[file.name] |= measure_file(file, model, dataset, images, same.get('accuracy'))
-        if folder.KINDS.get(file.name) == 'int8':
+        if KINDS.get(file.name) == 'int8':
             files[file.name]['calibration'] = len(calibration)
     twin = measure_twin(model, dataset, batches) if release.shared else None
     return {'files': files, 'twin': twin, 'runtime': f'ONNX Runtime {onnxruntime.__version__}, {platform.machine()}'}
@@ -643,40 +641,28 @@ def _is(file, record):
 
 def write_onnx(model, dataset, target, batches):
     """Write the folded model, and with preprocessed images for the calibration its int8 file."""
-    from timm_sharesnet import fold
-    from timm_sharesnet.export import export_onnx, open_session, quantize
-
-    logging.disable()  # the remarks of exporter and quantizer are not for the user
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        export_onnx(fold(model), target / 'model.onnx', tuple(model.pretrained_cfg['input_size']))
-        if batches:
-            quantize(target / 'model.onnx', target / 'model_quantized.onnx', batches)
-    logging.disable(logging.NOTSET)
+    export_onnx(fold(model), target / 'model.onnx', tuple(model.pretrained_cfg['input_size']))
+    if batches:
+        quantize(target / 'model.onnx', target / 'model_quantized.onnx', batches)
     error = folder.output_error(model, open_session(target / 'model.onnx'), dataset)
     if not error <= folder.ERROR:
-        raise Fault(f'model.onnx differs from the model by {error:.1e} of the largest output')
+        raise CommandError(f'model.onnx differs from the model by {error:.1e} of the largest output')
     for file in target.iterdir():
         file.chmod(0o644)  # onnx lets nobody else read the weights beside a file
 
 
 def measure_file(file, model, dataset, images, before):
     """Accuracy, kernels and session memory of an ONNX file, and of int8 what it takes of our sample for another."""
-    from timm_sharesnet.export import open_session
-
     session = open_session(file)
     new = measure_accuracy(model, images, session) if images else None
     found = {'accuracy': choose_accuracy(dataset, new, before)}
-    if folder.KINDS[file.name] == 'int8':
-        wrong = folder.wrong_in_sample(model, dataset, session) if dataset.sample else None
-        found['sample'] = {'images': dataset.sample, 'wrong': wrong} if dataset.sample else None
+    if KINDS[file.name] == 'int8':
+        found['sample'] = take_sample(model, dataset, session)
     return found | measure_session(file)
 
 
 def measure_session(file):
     """Different 3x3 kernels that ONNX Runtime holds, and by how many MiB a process grows that opens the file."""
-    from timm_sharesnet.export import inspect, session_memory
-
     memory = session_memory(file)
     session = memory and {'loaded': round(memory.loaded, 1), 'held': round(memory.held, 1)}
     return {'kernels': inspect(file).kernels, 'session': session}
@@ -684,12 +670,10 @@ def measure_session(file):
 
 def measure_twin(model, dataset, batches):
     """The same of the files that the unshared twin would have."""
-    from timm_sharesnet import unshare
-
     with tempfile.TemporaryDirectory() as temporary:
         write_onnx(unshare(model), dataset, Path(temporary), batches)
         sizes = {file.name: {'size': file.stat().st_size} for file in Path(temporary).iterdir()}
-        names = [name for name in folder.KINDS if name in sizes]
+        names = [name for name in KINDS if name in sizes]
         return {n: {'size': folder.onnx_size(sizes, n), **measure_session(Path(temporary, n))} for n in names}
 
 
@@ -703,44 +687,11 @@ def tell_picked(best, written):
     return f'{best} (top-1 {written[best]["top1"]:.2f} %, {other} {written[other]["top1"]:.2f} %)'
 
 
-def count_twin(model):
-    """Parameters of the unshared twin."""
-    from timm_sharesnet import unshare
-
-    return sum(p.numel() for p in unshare(model).parameters())
-
-
-def describe_model(path):
-    """What the card tells of a folder's model and no manifest has."""
-    import timm
-    import torch
-
-    model = folder.load(path)
-    config = timm.data.resolve_data_config(model=model)
-    height, width = config['input_size'][1:]
-    px = card.pixels(height, width)
-    mean, std = (' '.join(f'{v:.4g}' for v in config[key]) for key in ('mean', 'std'))
-    embed, extract = (
-        timm.create_model(f'local-dir:{path}', **kwargs).eval()
-        for kwargs in ({'num_classes': 0}, {'features_only': True})
-    )
-    with torch.no_grad():
-        images = torch.zeros(1, *config['input_size'])
-        embedding, features = embed(images), extract(images)
-    crop = f'{config["interpolation"]}, centre crop {config["crop_pct"]:g}, ' if config['crop_pct'] < 1 else ''
-    return {
-        'image_size': (height, width),
-        'preprocessing': f'{px} px, {crop}mean {mean}, std {std}',
-        'width': embedding.shape[1],
-        'features': [tuple(f.shape) for f in features],
-    }
-
-
 def require_matplotlib():
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as e:
-        raise Fault('drawing the curves needs matplotlib: pip install matplotlib') from e
+        raise CommandError('drawing the curves needs matplotlib: pip install matplotlib') from e
 
 
 def draw_curves(points, release, path):
@@ -765,4 +716,4 @@ def draw_curves(points, release, path):
 
 
 if __name__ == '__main__':
-    folder.run(main)
+    sys.exit(main())

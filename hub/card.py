@@ -1,100 +1,31 @@
-"""The model card: what the Hub shows of a published folder.
+"""The model card: what the Hub shows of a published folder, card.md with what is known of it.
 
 Every figure comes from the manifest or the paper: A. Boulch, ShaResNet, Pattern Recognition Letters 2018.
 """
 
 import re
+import string
 import textwrap
 
+import timm
+import torch
 from catalog import NETS, other_args
-from folder import KINDS, MODES, ONNX, WEIGHTS, onnx_size
+from folder import HUB, KINDS, MODES, ONNX, WEIGHTS, onnx_size, read_json
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from provenance import NOT_RECORDED
+from provenance import AUTHOR, NOT_RECORDED
 
 NOT_MEASURED = 'not measured'
-ARGUMENTS = '| Arguments (`model_args`) |'
-AUTHOR = 'https://github.com/aboulch/sharesnet'
-PAPER = 'https://doi.org/10.1016/j.patrec.2018.01.006'
-
-SNIPPETS = {
-    'Classify an image': """
-import timm
-import torch
-from PIL import Image
-
-name = '{hub}'
-model = timm.create_model(name, pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-label_names = {label_names}
-
-image = Image.open('image.png').convert('{mode}')  # of one of the classes
-with torch.inference_mode():
-    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)[0]
-best = probabilities.topk({shown})
-for probability, index in zip(best.values, best.indices):
-    print(f'{{probability:.1%}} {{label_names[index]}}')""",
-    'Feature maps': """
-import timm
-import torch
-from PIL import Image
-
-name = '{hub}'
-model = timm.create_model(name, pretrained=True, features_only=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-
-image = Image.open('image.png').convert('{mode}')
-with torch.inference_mode():
-    features = model(transform(image).unsqueeze(0))
-for feature in features:
-    print(tuple(feature.shape))  # {features}""",
-    'Image embedding': """
-import timm
-import torch
-from PIL import Image
-
-name = '{hub}'
-model = timm.create_model(name, pretrained=True, num_classes=0).eval()
-transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-
-image = Image.open('image.png').convert('{mode}')
-with torch.inference_mode():
-    embedding = model(transform(image).unsqueeze(0))
-print(tuple(embedding.shape))  # (1, {width})""",
-}
-
-ONNX_SNIPPET = """
-import json
-
-import onnxruntime
-import timm
-from PIL import Image
-
-config = json.load(open('config.json'))
-transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config['pretrained_cfg']))
-pixel_values = transform(Image.open('image.png').convert('{mode}')).unsqueeze(0).numpy()
-
-session = onnxruntime.InferenceSession('onnx/model.onnx')
-(logits,) = session.run(['logits'], {{'pixel_values': pixel_values}})
-print({label_name})"""
-
-_IMAGENET_LABELS = 'timm.data.ImageNetInfo().label_descriptions()'
-
-CITATION = """
-@article{boulch2018sharesnet,
-  title = {{ShaResNet}: Reducing residual network parameter number by sharing weights},
-  author = {Boulch, Alexandre},
-  journal = {Pattern Recognition Letters},
-  year = {2018},
-  doi = {10.1016/j.patrec.2018.01.006}
-}
-@misc{rw2019timm,
-  author = {Ross Wightman},
-  title = {PyTorch Image Models},
-  year = {2019},
-  publisher = {GitHub},
-  doi = {10.5281/zenodo.4414861},
-  howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
-}"""
+IMAGENET_LABELS = 'timm.data.ImageNetInfo().label_descriptions()'
+PACKAGED = "These weights also travel in the package: `timm.create_model('{name}', pretrained=True)` needs no network."
+FOLDED = (
+    ' in a way that leaves the shared kernels as they are. ONNX Runtime keeps one copy of each, where it would make '
+    'one for each use of a net that is exported as it is'
+)
+INT8 = (
+    'int8 is static QDQ with a scale for each channel of a kernel, calibrated on training images alone. It saves size '
+    'first: for speed, ONNX Runtime packs int8 kernels anew for each use, unless the session option '
+    '`session.disable_prepacking` is 1.'
+)
 
 
 def complete(entry, dataset):
@@ -150,7 +81,7 @@ def model_rows(release, entry, pin):
     if not dataset.ours:
         data = f'[{data}](https://huggingface.co/datasets/{dataset.id})' if dataset.id else data
         data += f' (licence: {_cell(dataset.license)})' if dataset.license else ''
-    arguments = [f'{ARGUMENTS} {_cell(tell_args(release))} |'] if release.model_args else []
+    arguments = [f'| Arguments (`model_args`) | {_cell(tell_args(release))} |'] if release.model_args else []
     return [
         f'| Task | image classification, {data}, {dataset.classes} classes |',
         *arguments,
@@ -227,169 +158,102 @@ def session(measured):
     return f'{memory["loaded"]:.1f} MiB, {memory["held"]:.1f} held' if memory else NOT_MEASURED
 
 
-def snippets(release, namespace, width, features):
-    """The runnable examples: heading -> code."""
-    dataset = release.dataset
-    values = {
-        'hub': f'hf-hub:{namespace}/{release.name}',
-        'label_names': "model.pretrained_cfg['label_names']" if dataset.names() else _IMAGENET_LABELS,
-        'shown': min(5, dataset.classes),
-        'mode': MODES[release.in_chans],
-        'features': ', '.join(map(str, features)),
+def describe_model(release, path):
+    """What a card tells of a folder's net, as its config.json describes it, and no manifest has."""
+    config = timm.data.resolve_data_config(pretrained_cfg=read_json(path / 'config.json')['pretrained_cfg'])
+    args = {'num_classes': release.dataset.classes, 'device': 'meta', **release.model_args}
+    images = torch.zeros(1, *config['input_size'], device='meta')
+    model = timm.create_model(release.arch, **args).eval()
+    features = timm.create_model(release.arch, features_only=True, **args).eval()(images)
+    _, height, width = config['input_size']
+    crop = f'{config["interpolation"]}, centre crop {config["crop_pct"]:g}, ' if config['crop_pct'] < 1 else ''
+    mean, std = (' '.join(f'{v:.4g}' for v in config[key]) for key in ('mean', 'std'))
+    return {
+        'height': height,
         'width': width,
+        'preprocessing': f'{pixels(height, width)} px, {crop}mean {mean}, std {std}',
+        'num_features': model.forward_head(model.forward_features(images), pre_logits=True).shape[1],
+        'features': ', '.join(str(tuple(f.shape)) for f in features),
     }
-    return {heading: '# pip install timm-sharesnet' + code.format(**values) for heading, code in SNIPPETS.items()}
 
 
-def compose(release, namespace, manifest, pin, facts, training, files):
+def compose(release, path, namespace, manifest, pin, training):
     """The card's text.
 
     Args:
         release: What it is the card of.
+        path: Its folder.
         namespace: Where the folder will be published.
         manifest: manifest.json with the entry of the release.
         pin: The entry of the release in weights.json.
-        facts: What only the text shows of the model: `image_size`, `preprocessing`, `width`, `features`.
         training: What to tell of the training, label -> text.
-        files: Names of the files of the folder.
     """
-    name, dataset = release.name, release.dataset
-    entry = manifest[name]
-    height, width = facts['image_size']
-    if not release.shared and any(net.twin == release.net.twin for shared, net in NETS.items() if shared != net.twin):
-        what = f'The unshared twin of a [ShaResNet]({AUTHOR}), a plain residual network to compare with'
-    elif not release.shared:
-        what = f'A plain residual network with about as many parameters as a [ShaResNet]({AUTHOR}), to compare with'
-    else:
-        whose = 'runs of blocks of a stage' if 'share_rate' in release.other_args else 'all blocks of a stage'
-        what = (
-            f'A ShaResNet: a residual network in which {whose} use the same 3x3 convolution '
-            '(`x + F(x, W_block, W_stage)`), while 1x1 convolutions and batch norms stay their own'
+    name, dataset, entry = release.name, release.dataset, manifest[release.name]
+    facts, stated = describe_model(release, path), metadata(release, entry, namespace)
+    named, px = dataset.names(), pixels(facts['height'], facts['width'])
+    table = ['| | |', '| --- | --- |', *(f'| {label} | {_cell(text)} |' for label, text in training.items())]
+    values = facts | {
+        'name': name,
+        'namespace': namespace,
+        'hub': f'hf-hub:{namespace}/{name}',
+        'author': AUTHOR,
+        'data': dataset.name,
+        'classes': dataset.classes,
+        'channels': release.in_chans,
+        'mode': MODES[release.in_chans],
+        'shown': min(5, dataset.classes),
+        'what': tell_kind(release),
+        'packaged': PACKAGED.format(name=name) if pin.get('packaged') else '',
+        'model_rows': '\n'.join(model_rows(release, entry, pin)),
+        'accuracy_rows': '\n'.join(accuracy_rows(release, entry, manifest)),
+        'onnx_rows': '\n'.join(onnx_rows(release, entry)),
+        'sampled': ', and on a sample of 1,000 images by `hub/check.py`,' if dataset.sample else '',
+        'trained': tell_training(path, entry, training),
+        'training': '\n'.join(table) if training and training != NOT_RECORDED else '',
+        'picked': f'Published weights: {entry["picked"]}.' if entry['picked'] else '',
+        'curves': '![training curves](curves.png)' if (path / 'curves.png').is_file() else '',
+        'label_names': "model.pretrained_cfg['label_names']" if named else IMAGENET_LABELS,
+        'label_name': "config['label_names'][logits[0].argmax()]" if named else 'logits[0].argmax()',
+        'folded': FOLDED if release.shared else '',
+        'runtime': entry['onnx']['runtime'],
+        'int8': INT8 if 'model_quantized.onnx' in entry['onnx']['files'] else '',
+        'made': f'made for research on weight sharing, at {px} px,' if release.shelf.package else f'trained at {px} px',
+        'license': '- No licence is stated for the weights: ask whoever published them.' if not stated.license else '',
+    }
+    if stated.license_link == AUTHOR:
+        values['license'] = (
+            f'- The author states no licence for the weights; [his code]({AUTHOR}) is under the GPL. Ask him.'
         )
-    lines = [
-        f'# {name}',
-        '',
-        f"`pip install timm-sharesnet`, then `timm.create_model('hf-hub:{namespace}/{name}', pretrained=True)`.",
-        '',
-        *_wrap(
-            f'{what}. Trained on {dataset.name} for [timm](https://github.com/huggingface/pytorch-image-models), which '
-            'knows the architecture once the plugin is installed; nothing needs to be imported for it.'
-        ),
-    ]
-    if pin.get('packaged'):
-        load = f"`timm.create_model('{name}', pretrained=True)`"
-        lines += ['', f'These weights also travel in the package: {load} needs no network.']
-    measured = f'Measured with the published `{WEIGHTS}`, without augmentation, by `hub/build.py --data-dir DIR`'
-    measured += ', and on a sample of 1,000 images by `hub/check.py`,' if dataset.sample else ''
-    measured += ' of the source code of timm-sharesnet.'
-    lines += ['', '## Model', '', '| | |', '| --- | --- |', *model_rows(release, entry, pin)]
-    lines += [
-        f'| Image size | {height} x {width} |',
-        f'| Paper | [Boulch 2018]({PAPER}), [arXiv:1702.08782](https://arxiv.org/abs/1702.08782) |',
-        f'| Original code | [aboulch/sharesnet]({AUTHOR}) |',
-        '',
-        *_wrap(
-            'GMACs are the multiply-accumulates of the convolutions and the classifier for one image, counted by '
-            'torch, activations their outputs. Sharing saves parameters, not computation: a net and its twin are '
-            'equal in both.'
-        ),
-        '',
-        '## Accuracy',
-        '',
-        '| | top-1 | top-5 | |',
-        '| --- | --- | --- | --- |',
-        *accuracy_rows(release, entry, manifest),
-        '',
-        *_wrap(measured),
-        '',
-        f'Preprocessing: {facts["preprocessing"]}. `timm.data.resolve_data_config` gives it.',
-        '',
-        '## Training',
-        '',
-    ]
-    if entry['imported']:
-        lines += ["Trained by the paper's author in Torch7 and imported without change (`source.json`):", '']
-    elif 'args.yaml' in files:
-        epochs = ', `summary.csv` the epochs' if 'summary.csv' in files else ''
-        lines += [f"Trained by timm's `train.py`; `args.yaml` has every option{epochs}:", '']
-    elif training == NOT_RECORDED:
-        lines += ['How these weights were trained was not recorded.', '']
-    else:
-        epochs = ', epoch by epoch' if 'curves.png' in files else ''
-        lines += [f"Not trained by timm's `train.py`; `training.json` tells how{epochs}:", '']
-    if training and training != NOT_RECORDED:
-        lines += ['| | |', '| --- | --- |', *(f'| {label} | {_cell(text)} |' for label, text in training.items()), '']
-    if entry['picked']:
-        lines += [f'Published weights: {entry["picked"]}.', '']
-    if 'curves.png' in files:
-        lines += ['![training curves](curves.png)', '']
-    lines += ['## Usage', '']
-    for heading, code in snippets(release, namespace, facts['width'], facts['features']).items():
-        lines += [f'### {heading}', '', '```python', code, '```', '']
-    lines += onnx_section(release, namespace, entry, height, width)
-    made = f'trained at {pixels(height, width)} px'
-    if release.shelf.package:
-        made = f'made for research on weight sharing, at {pixels(height, width)} px,'
-    limits = [
-        f'It knows the {dataset.classes} classes of {dataset.name} and takes any image for one of them. It was {made} '
-        'and tested on no other data.',
-        "The data set's own biases and label errors are the model's, too.",
-        'One training run, so differences of a few tenths of a percent between models mean little.',
-        'The Hub page offers code without the plugin: it answers "Unknown model" until `timm-sharesnet` is installed.',
-    ]
-    written = metadata(release, entry, namespace)
-    if not written.license:
-        limits += ['No licence is stated for the weights: ask whoever published them.']
-    if written.license_link == AUTHOR:
-        limits += [f'The author states no licence for the weights; [his code]({AUTHOR}) is under the GPL. Ask him.']
-    lines += ['## Limits', '', *(line for limit in limits for line in _wrap(limit, '- '))]
-    lines += ['', '## Citation', '', '```bibtex' + CITATION, '```', '']
-    text = '\n'.join(line.rstrip() for line in lines)
-    card = f'---\n{written.to_yaml()}\n---\n\n{text}'
+    text = string.Template((HUB / 'card.md').read_text(encoding='utf-8')).substitute(values)
+    card = f'---\n{stated.to_yaml()}\n---\n\n{_fill(text)}'
     ModelCard(card)  # parses the metadata, raises if the model-index is not valid
     return card
 
 
-def onnx_section(release, namespace, entry, height, width):
-    """The lines of the section on the ONNX files."""
-    dataset, folded = release.dataset, ''
+def tell_kind(release):
+    """What the net is, beside the paper's."""
     if release.shared:
-        folded = (
-            ' in a way that leaves the shared kernels as they are. ONNX Runtime keeps one copy of each, where it would '
-            'make one for each use of a net that is exported as it is'
+        whose = 'runs of blocks of a stage' if 'share_rate' in release.other_args else 'all blocks of a stage'
+        return (
+            f'A ShaResNet: a residual network in which {whose} use the same 3x3 convolution '
+            '(`x + F(x, W_block, W_stage)`), while 1x1 convolutions and batch norms stay their own'
         )
-    paragraphs = [
-        f'`{ONNX}/` has the net as it is deployed, as `python -m timm_sharesnet.export` writes it: with batch norms '
-        f'folded{folded}. The input is `pixel_values`, images of shape (batch, {release.in_chans}, {height}, {width}) '
-        f'preprocessed as timm does, see above; the output is `logits` of shape (batch, {dataset.classes}).',
-        f'Session memory is by how much a process grows when it opens the file ({entry["onnx"]["runtime"]}), and how '
-        'much of it is held once the allocator has given back what is free. It varies with machines and versions.',
-    ]
-    if 'model_quantized.onnx' in entry['onnx']['files']:
-        paragraphs.append(
-            'int8 is static QDQ with a scale for each channel of a kernel, calibrated on training images alone. It '
-            'saves size first: for speed, ONNX Runtime packs int8 kernels anew for each use, unless the session option '
-            '`session.disable_prepacking` is 1.'
-        )
-    label_name = "config['label_names'][logits[0].argmax()]" if dataset.names() else 'logits[0].argmax()'
-    clone = f'In the folder (`hf download {namespace}/{release.name} --local-dir .`), without this package:'
-    mode = MODES[release.in_chans]
-    code = '# pip install onnxruntime timm' + ONNX_SNIPPET.format(label_name=label_name, mode=mode)
-    return [
-        '## ONNX',
-        '',
-        '| | size | top-1 | 3x3 kernels | session memory | |',
-        '| --- | --- | --- | --- | --- | --- |',
-        *onnx_rows(release, entry),
-        '',
-        *(line for paragraph in paragraphs for line in (*_wrap(paragraph), '')),
-        clone,
-        '',
-        '```python',
-        code,
-        '```',
-        '',
-    ]
+    if any(net.twin == release.net.twin for shared, net in NETS.items() if shared != net.twin):
+        return f'The unshared twin of a [ShaResNet]({AUTHOR}), a plain residual network to compare with'
+    return f'A plain residual network with about as many parameters as a [ShaResNet]({AUTHOR}), to compare with'
+
+
+def tell_training(path, entry, training):
+    """Who trained the net, and which file tells more."""
+    if entry['imported']:
+        return "Trained by the paper's author in Torch7 and imported without change (`source.json`):"
+    if (path / 'args.yaml').is_file():
+        epochs = ', `summary.csv` the epochs' if (path / 'summary.csv').is_file() else ''
+        return f"Trained by timm's `train.py`; `args.yaml` has the options of the recipe{epochs}:"
+    if training == NOT_RECORDED:
+        return 'How these weights were trained was not recorded.'
+    epochs = ', epoch by epoch' if (path / 'curves.png').is_file() else ''
+    return f"Not trained by timm's `train.py`; `training.json` tells how{epochs}:"
 
 
 def pixels(height, width):
@@ -400,34 +264,17 @@ def _cell(text):
     return ' '.join(str(text).split()).replace('|', '\\|')
 
 
-def _wrap(text, bullet=''):
-    indent = ' ' * len(bullet)
-    return textwrap.wrap(text, 120, initial_indent=bullet, subsequent_indent=indent, break_on_hyphens=False)
-
-
-def card_faults(text, release, manifest, pin):
-    """Where the figures of a card are not the manifest's. The prose is free."""
-    entry = manifest[release.name]
-    try:
-        data = ModelCard(text).data
-    except Exception as e:
-        return [f'README.md: the metadata is not valid: {e}']
-    faults = []
-    lines = set(text.splitlines())
-    rows = model_rows(release, entry, pin) + accuracy_rows(release, entry, manifest) + onnx_rows(release, entry)
-    faults += [f'README.md does not have the row: {row}' for row in rows if row not in lines]
-    labels = (f'| `{ONNX}/', ARGUMENTS, *(row[: row.index('|', 2) + 1] for row in rows))
-    faults += [f'README.md has a row too many: {row}' for row in sorted(lines - {*rows}) if row.startswith(labels)]
-    expected = [entry['accuracy'][k] for k in ('top1', 'top5')] if complete(entry, release.dataset) else []
-    expected = [value for value in expected if value is not None]
-    found = [round(100 * result.metric_value, 4) for result in data.eval_results or []]
-    if found != expected:
-        faults.append(f'README.md: the model-index has the accuracies {found}, the manifest {expected}')
-    written, wanted = data.to_dict(), metadata(release, entry, card_namespace(text, release.name) or 'any').to_dict()
-    for key in sorted(written.keys() | wanted.keys()):
-        if written.get(key) != wanted.get(key):
-            faults.append(f'README.md: {key} of the metadata is {written.get(key)} instead of {wanted.get(key)}')
-    return faults
+def _fill(text):
+    """Paragraphs and items in lines of 120 characters, without those that are empty. Code and tables stay."""
+    blocks = []
+    for part in re.split(r'(```.*?```)', text, flags=re.S):
+        lines = []
+        for line in [part] if part.startswith('```') else re.sub(r'\n{3,}', '\n\n', part.strip()).split('\n'):
+            indent = '  ' if line.startswith('- ') else ''
+            keep = not line or line.startswith(('|', '#', '`'))
+            lines += [line] if keep else textwrap.wrap(line, 120, subsequent_indent=indent, break_on_hyphens=False)
+        blocks.append('\n'.join(lines))
+    return '\n\n'.join(filter(None, blocks)) + '\n'
 
 
 def card_namespace(text, name):

@@ -5,13 +5,14 @@ lie in a directory outside of hub/ with manifests of its own, and nothing of our
 """
 
 import contextlib
-import difflib
 import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from folder import HUB, LARGE, ONNX, SAMPLES, WEIGHTS, Fault, read_json
+from folder import HUB, LARGE, ONNX, SAMPLES, WEIGHTS, read_json
+
+from timm_sharesnet.cli import CommandError, did_you_mean
 
 PACKAGE = HUB.parent / 'timm_sharesnet'
 NAMESPACE = 'timm-sharesnet'  # ours, once registered; TIMM_SHARESNET_NAMESPACE or --namespace for people's own
@@ -217,7 +218,9 @@ def open_shelf(output):
     path = Path(os.path.abspath(output))
     for ours in (OURS.path, OURS.package):
         if path.resolve().is_relative_to(ours.resolve()):
-            raise Fault(f'--output is for folders of your own, and {output} is in {ours}: give another directory')
+            raise CommandError(
+                f'--output is for folders of your own, and {output} is in {ours}: give another directory'
+            )
     return Shelf(path)
 
 
@@ -276,6 +279,12 @@ class Release(NamedTuple):
         return self.dataset == DATASETS[self.net.dataset] and not self.other_args
 
     @property
+    def told(self):
+        """What the manifest has of it before anything is measured."""
+        data = self.dataset.name if self.dataset.ours else self.dataset._asdict()
+        return {'model_args': self.model_args, 'imported': self.imported, 'data': data}
+
+    @property
     def shown(self):
         """The folder's path from here."""
         return os.path.relpath(self.path)
@@ -285,21 +294,20 @@ def parse(name, shelf):
     """The release that ARCH.TAG names."""
     arch, _, tag = name.partition('.')
     if not re.fullmatch(r'\w+\.\w+', name, re.ASCII):
-        raise Fault(f'{name!r} is not ARCH.TAG, two words of letters, digits and underscores')
+        raise CommandError(f'{name!r} is not ARCH.TAG, two words of letters, digits and underscores')
     if arch not in NETS:
-        close = difflib.get_close_matches(arch, NETS, 3)
-        meant = f'did you mean {" or ".join(close)}?' if close else f'they are {", ".join(NETS)}'
-        raise Fault(f'{arch} is no architecture of this package, {meant}')
+        meant = did_you_mean(arch, NETS, f', they are {", ".join(NETS)}')
+        raise CommandError(f'{arch} is no architecture of this package{meant}')
     dataset = DATASETS.get(tag.rpartition('_')[2])
     entry = read_json(shelf.manifest).get(name, {})
     if shelf.package is None:
         data = entry.get('data')
         if isinstance(data, dict):
             if data.keys() != {*Dataset._fields}:
-                raise Fault(f'{shelf.manifest} is not valid: data of {name}')
+                raise CommandError(f'{shelf.manifest} is not valid: data of {name}')
             dataset = Dataset(**data)
     elif dataset is None:
-        raise Fault(
+        raise CommandError(
             f'{name!r} is not ARCH.TAG with a tag that ends in {" or ".join("_" + d for d in DATASETS)}; '
             'a net trained on other data is published from a directory of your own: --output DIR'
         )
@@ -310,10 +318,10 @@ def choose_namespace(argument, shelf):
     """The namespace to publish in: the argument, else the environment's, else ours for what is ours."""
     namespace = argument or os.environ.get('TIMM_SHARESNET_NAMESPACE')
     if shelf.package is None and namespace in (None, '', NAMESPACE):
-        raise Fault('--output needs the namespace of your own to publish in: --namespace NS')
+        raise CommandError('--output needs the namespace of your own to publish in: --namespace NS')
     namespace = namespace or NAMESPACE
     if not re.fullmatch(r'[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?', namespace, re.ASCII):
-        raise Fault(f'{namespace!r} is not a name that the Hub accepts as a namespace')
+        raise CommandError(f'{namespace!r} is not a name that the Hub accepts as a namespace')
     return namespace
 
 

@@ -7,13 +7,12 @@
 
 The weights are loaded strictly and classify our sample of the data set, where there is one. The ONNX files are opened
 in ONNX Runtime (timm-sharesnet[onnx]) and compared with them. What is too large to be tracked need not be there; the
-rest is verified all the same. Nothing is written. Exit code 0, or 1 and a line for each fault.
+rest is verified all the same. Nothing is written. Exit code 0, or 2 and a line for each fault.
 """
 
-import argparse
-import difflib
 import os
 import re
+import sys
 from pathlib import Path
 
 import build
@@ -21,40 +20,27 @@ import card
 import catalog
 import folder
 import provenance
-from folder import ONNX, WEIGHTS, Fault
+from folder import KINDS, ONNX, WEIGHTS
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-ENTRY = {
-    'model_args',
-    'parameters',
-    'twin_parameters',
-    'gmacs',
-    'activations',
-    'dtype',
-    'imported',
-    'data',
-    'accuracy',
-    'sample',
-    'onnx',
-    'picked',
-    'seed',
-    'metadata',
-    'date',
-}
-# What the manifest has of an ONNX file
-RECORD = {'twin': {'size', 'kernels', 'session'}}
-RECORD['fp32'] = RECORD['twin'] | {'sha256', 'accuracy'}
-RECORD['int8'] = RECORD['fp32'] | {'calibration', 'sample'}
+from timm_sharesnet import unshare
+from timm_sharesnet.cli import CommandError, Parser, command, did_you_mean
+from timm_sharesnet.export import INPUT, OUTPUT, inspect, open_session
+from timm_sharesnet.weights import mismatches
+
 TOLERANCE = 3  # images of the sample that another machine may see otherwise
 POINTS = 0.1  # of top-1 by which the fp32 file may differ, whose outputs are the same
 PATHS = rb'/(home|root|tmp|usr|opt|Users)/|[A-Za-z]:\\\\|site-packages|\.py\b'  # of the machine that wrote a file
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = folder.refuse
+@command('check.py')
+def main(argv):
+    parser = Parser(description=__doc__)
     parser.add_argument('folder', type=Path, nargs='?', metavar='FOLDER', help='the only one to verify')
     catalog.add_output(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     folder.require_onnx()
     shelf = catalog.open_shelf(args.output)
     if args.folder:
@@ -64,17 +50,17 @@ def main():
         paths = [shelf.path / name for name in sorted({*shelf.names(), *manifest, *pins})]
         faults = common_faults(shelf, manifest, pins)
         if not paths:
-            raise Fault(f'there is nothing to verify in {shelf.path}')
+            raise CommandError(f'there is nothing to verify in {shelf.path}')
     for path in paths:
         try:
             found = check(catalog.parse(path.name, shelf)._replace(path=path))
-        except Fault as e:
+        except CommandError as e:
             found = e.args
         faults += [f'{path.name}: {fault}' for fault in found]
         absent = ''.join(f', {part} not here' for part in folder.LARGE if not (path / part).exists())
         print(f'{path.name}: {"ok" if not found else f"{len(found)} wrong"}{absent}', flush=True)
     if faults:
-        raise Fault(*faults)
+        raise CommandError(*faults)
 
 
 def common_faults(shelf, manifest, pins):
@@ -118,18 +104,15 @@ def static_faults(release):
     name, path = release.name, release.path
     manifest, pins = release.shelf.read()
     if not path.is_dir():
-        close = difflib.get_close_matches(name, release.shelf.names(), 3)
-        return [f'no folder {path}' + (f', did you mean {" or ".join(close)}?' if close else '')]
+        return [f'no folder {path}{did_you_mean(name, release.shelf.names())}']
     absent = [f'no entry in {k}' for k, v in {'manifest.json': manifest, 'weights.json': pins}.items() if name not in v]
     if absent:
         return absent
-    odd = manifest[name].keys() ^ ENTRY
+    odd = manifest[name].keys() ^ {*folder.ENTRY}
     if odd:
         return [f'no valid entry in manifest.json: {", ".join(sorted(odd))} is missing or unknown, build.py renews it']
     faults = pin_faults(release, pins[name])
-    dataset = release.dataset
-    expected = {'data': dataset.name if dataset.ours else dataset._asdict(), 'imported': release.imported}
-    for key, value in expected.items():
+    for key, value in release.told.items():
         if manifest[name][key] != value:
             faults.append(f'{key}: the manifest says {manifest[name][key]}, the tag {value}')
     for key, value in manifest[name]['metadata'].items():
@@ -157,7 +140,7 @@ def pin_faults(release, pin):
 def _collect(part, release, *args):
     try:
         return part(release, *args)
-    except Fault as e:
+    except CommandError as e:
         return list(e.args)
     except Exception as e:
         return [f'{part.__name__.removesuffix("_faults")} cannot be verified: {type(e).__name__}: {e}']
@@ -176,8 +159,6 @@ def file_faults(release, _manifest, _pin):
 
 
 def weights_faults(release, _manifest, pin):
-    from safetensors import safe_open
-
     weights = release.path / WEIGHTS
     if not weights.is_file():
         return []
@@ -194,49 +175,39 @@ def weights_faults(release, _manifest, pin):
 
 
 def config_faults(release, _manifest, pin):
-    dataset = release.dataset
     config = folder.read_json(release.path / 'config.json')
     cfg = config.get('pretrained_cfg', {})
-    expected = {
-        'architecture': (config.get('architecture'), release.arch),
-        'num_classes': (config.get('num_classes'), dataset.classes),
-        'tag': (cfg.get('tag'), release.tag),
-        'num_classes of pretrained_cfg': (cfg.get('num_classes'), dataset.classes),
-        'sha256': (config.get('sha256'), pin['sha256']),
-        'label_names': (config.get('label_names'), dataset.names()),
-        'model_args': (config.get('model_args'), build.config_args(release)),
-    }
-    faults = [f'config.json has {k} {a!r} instead of {b!r}' for k, (a, b) in expected.items() if a != b]
+    expected, classes = build.describe_config(release, pin['sha256']), release.dataset.classes
+    pairs = {key: (config.get(key), value) for key, value in expected.items()}
+    pairs |= {'tag': (cfg.get('tag'), release.tag), 'num_classes of pretrained_cfg': (cfg.get('num_classes'), classes)}
+    faults = [f'config.json has {k} {a!r} instead of {b!r}' for k, (a, b) in pairs.items() if a != b]
     sources = [k for k in ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source') if cfg.get(k)]
-    return faults + [f'config.json must not name a source of weights: {k}' for k in sources]
+    faults += [f'config.json must not name a source of weights: {k}' for k in sources]
+    odd = config.keys() - expected.keys() - {'num_features', 'global_pool', 'pretrained_cfg', 'timm_sharesnet'}
+    return faults + [f'config.json has {len(odd)} keys that build.py does not write'] if odd else faults
 
 
 def provenance_faults(release, manifest, _pin):
-    from PIL import Image
-
-    faults, files, entry = [], {}, manifest[release.name]
-    for name in ('README.md', 'config.json', *sorted(folder.PROVENANCE)):
-        file = release.path / name
+    faults, files = [], {name: release.path / name for name in sorted(folder.PROVENANCE)}
+    for name, file in [*files.items()]:
         if not file.is_file():
+            del files[name]
             continue
         content = file.read_bytes()
         try:
-            if name in folder.PROVENANCE:
-                files[name] = provenance.clean(name, content)
-            else:
-                provenance.refuse_secret(content.decode(), name)
-        except Fault as e:
+            files[name] = provenance.clean(name, content)
+        except CommandError as e:
             faults += e.args
         except Exception as e:
             faults.append(f'{name} cannot be read: {e}')
         else:
-            if files.get(name, content) != content:
-                faults.append(f'{name} has paths or URLs that are not cut, or is not as build.py writes it')
-    if folder.PROVENANCE & files.keys() != {name for name in folder.PROVENANCE if (release.path / name).exists()}:
+            if files[name] != content:
+                faults.append(f'{name} has more than makes the recipe, or is not as build.py writes it')
+    if any(isinstance(content, Path) for content in files.values()):
         return faults
-    _, points, seed = provenance.describe(files)
-    if seed != entry['seed']:
-        faults.append(f'seed: the manifest says {entry["seed"]}, the record {seed}')
+    training, points, seed = provenance.describe(files)
+    if seed != manifest[release.name]['seed']:
+        faults.append(f'seed: the manifest says {manifest[release.name]["seed"]}, the record {seed}')
     curves = release.path / 'curves.png'
     if curves.is_file():
         with Image.open(curves) as image:
@@ -272,9 +243,9 @@ def onnx_faults(release, manifest, _pin):
 def record_faults(release, entry):
     """What is not complete or not plausible of the ONNX files' entry in the manifest."""
     files, twin = entry['onnx']['files'], entry['onnx']['twin'] or {}
-    kinds = {file: kind for file, kind in folder.KINDS.items() if file in files}
-    records = [(f'{ONNX}/{file}', files[file], RECORD[kind]) for file, kind in kinds.items()]
-    records += [(f"{ONNX}, the twin's {file}", record, RECORD['twin']) for file, record in twin.items()]
+    kinds = {file: kind for file, kind in KINDS.items() if file in files}
+    records = [(f'{ONNX}/{file}', files[file], folder.RECORD[kind]) for file, kind in kinds.items()]
+    records += [(f"{ONNX}, the twin's {file}", record, folder.TWIN) for file, record in twin.items()]
     if 'model.onnx' not in files or files.keys() - kinds - {f'{file}_data' for file in kinds}:
         return [f'{ONNX}: the manifest must have model.onnx and may have model_quantized.onnx, not {[*files]}']
     faults = []
@@ -296,7 +267,19 @@ def record_faults(release, entry):
 
 
 def card_faults(release, manifest, pin):
-    return card.card_faults((release.path / 'README.md').read_text(encoding='utf-8'), release, manifest, pin)
+    """Whether the card is the one that build.py writes. What else a line says is not told, as it may be a secret."""
+    path = release.path
+    text = (path / 'README.md').read_text(encoding='utf-8')
+    files = {name: path / name for name in folder.PROVENANCE}
+    training, _, _ = provenance.describe({name: file.read_bytes() for name, file in files.items() if file.is_file()})
+    namespace = card.card_namespace(text, release.name)
+    if namespace is None:
+        return ['README.md names no namespace that it was written for, or several']
+    lines = text.splitlines()
+    expected = card.compose(release, path, namespace, manifest, pin, training).splitlines()
+    faults = [f'README.md does not have the line: {line}' for line in expected if line not in lines]
+    faults += [f'README.md has a line too many, the {i}th' for i, line in enumerate(lines, 1) if line not in expected]
+    return faults or ([] if lines == expected else ['README.md has its lines in another order than build.py'])
 
 
 def trained_faults(release):
@@ -309,15 +292,13 @@ def trained_faults(release):
 
 def model_faults(release, sample=True):
     """What is wrong with the loaded model: tensors, counts, preprocessing, predictions."""
-    from safetensors.torch import load_file
-
     path, dataset = release.path, release.dataset
     entry = release.shelf.read()[0][release.name]
-    reference = build.make_model(release, path)
+    reference = build.make_model(release, *build.read_records(path))
     tensors = load_file(path / WEIGHTS)
-    faults = folder.tensor_faults(tensors, reference)
+    faults = [f'{WEIGHTS}: {fault}' for fault in mismatches(reference.state_dict(), tensors).values()]
     if faults:
-        return [f'{WEIGHTS}: {fault}' for fault in faults]
+        return faults
     dtypes = {str(tensor.dtype).removeprefix('torch.') for tensor in tensors.values() if tensor.is_floating_point()}
     if dtypes != {entry['dtype']}:
         faults.append(f'{WEIGHTS} is {" and ".join(sorted(dtypes))}, the manifest says {entry["dtype"]}')
@@ -327,12 +308,11 @@ def model_faults(release, sample=True):
         if value != (list(known) if isinstance(known, tuple) else known):
             faults.append(f'config.json has {key} {value} in pretrained_cfg, the package {known}')
     model = folder.load(path)
-    counts = folder.measure(model) | ({'twin_parameters': build.count_twin(model)} if release.shared else {})
-    for key, value in counts.items():
+    for key, value in build.describe_net(release, model).items():
         if value != entry[key]:
             faults.append(f'{key}: measured {value:,}, the manifest says {entry[key]:,}')
-    for key in sorted(counts.keys() & {'parameters', 'twin_parameters'}) if release.in_paper else ():
-        if entry[key] != getattr(release.net, key):
+    for key in ('parameters', 'twin_parameters') if release.in_paper else ():
+        if entry[key] not in (None, getattr(release.net, key)):
             faults.append(f'{key}: the manifest says {entry[key]:,}, the original {getattr(release.net, key):,}')
     if sample and dataset.sample:
         faults += sample_faults(folder.wrong_in_sample(model, dataset), entry['sample'], dataset)
@@ -341,12 +321,10 @@ def model_faults(release, sample=True):
 
 def session_faults(release, sample=True):
     """What is wrong with the ONNX files in ONNX Runtime: validity, names, kernels, outputs, predictions."""
-    from timm_sharesnet import unshare
-
     onnx = release.shelf.read()[0][release.name]['onnx']
     model = folder.load(release.path)
     faults = []
-    for name in (name for name in folder.KINDS if name in onnx['files']):
+    for name in (name for name in KINDS if name in onnx['files']):
         try:
             found = opened_faults(release.path / ONNX / name, onnx['files'][name], model, release.dataset, sample)
         except Exception as e:
@@ -362,8 +340,6 @@ def session_faults(release, sample=True):
 def opened_faults(file, record, model, dataset, sample):
     """What is wrong with an ONNX file of a model."""
     import onnx
-
-    from timm_sharesnet.export import INPUT, OUTPUT, inspect, open_session
 
     onnx.checker.check_model(str(file), full_check=True)
     faults = []
@@ -382,7 +358,7 @@ def opened_faults(file, record, model, dataset, sample):
     names = [node.name for node in (*session.get_inputs(), *session.get_outputs())]
     if names != [INPUT, OUTPUT]:
         faults.append(f'has the inputs and outputs {names} instead of {[INPUT, OUTPUT]}')
-    if folder.KINDS[file.name] == 'fp32':
+    if KINDS[file.name] == 'fp32':
         error = folder.output_error(model, session, dataset)
         if not error <= folder.ERROR:
             faults.append(f'differs from {WEIGHTS} by {error:.1e} of the largest output')
@@ -407,4 +383,4 @@ def sample_faults(wrong, recorded, dataset):
 
 
 if __name__ == '__main__':
-    folder.run(main)
+    sys.exit(main())

@@ -7,96 +7,62 @@
 Written are DIR/model.safetensors and DIR/config.json, and no other file of DIR is touched. Then
 `timm.create_model('local-dir:DIR', pretrained=True)` loads it, and so does transformers. A file that is not what
 `--model` says is refused: one line says which layer differs, and nothing is written.
-Exit code 0, or 1 and a line that says what is wrong, or 2 for wrong options.
+Exit code 0, or 2 and a line that says what is wrong.
 """
 
-import argparse
-import ast
-import difflib
-import hashlib
-import io
-import os
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Dict, List, Optional, Tuple
 
 import timm
-from timm.models import save_for_hf
+from folder import sha256
+from timm.utils import ParseKwargs
 
 from timm_sharesnet import load_torch7
-from timm_sharesnet.weights import drop_repeated_args, unknown_model
+from timm_sharesnet.cli import CommandError, Parser, command, did_you_mean, reason
+from timm_sharesnet.weights import save_folder, unknown_model
 
 
-def main(argv: Optional[List[str]] = None) -> Optional[str]:
-    """Run the command line, and return the error message if there is one."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='backslashreplace')  # a terminal need not know the letters of a path
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command('import_torch7.py')
+def main(argv):
+    parser = Parser(description=__doc__)
     parser.add_argument('checkpoint', type=Path, help='file of the author, .t7 or .t7.gz')
     parser.add_argument('--model', required=True, metavar='NAME', help='model that it holds')
     parser.add_argument('--output', required=True, type=Path, metavar='DIR', help='folder to write')
-    parser.add_argument('--model-kwargs', nargs='*', default=[], metavar='k=v', help='as for train.py of timm')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
     args = parser.parse_args(argv)
+    if args.output.exists() and not args.output.is_dir():
+        raise CommandError(f'{args.output} is not a directory')
+    require_model(args.model)
     try:
-        if args.output.exists() and not args.output.is_dir():
-            raise FileExistsError(f'{args.output} is not a directory')
-        _require_model(args.model)
-        model_kwargs = dict(map(_key_value, args.model_kwargs))
-        state_dict = load_torch7(args.checkpoint, args.model, **model_kwargs)
-        model = timm.create_model(args.model, **model_kwargs)
-        model.load_state_dict(state_dict)
-        _write(model, model_kwargs, args.checkpoint, args.output)
-    except Exception as e:
-        return f'{parser.prog}: error: ' + ' '.join(str(e).split())
+        state_dict = load_torch7(args.checkpoint, args.model, **args.model_kwargs)
+        model = timm.create_model(args.model, **args.model_kwargs)
+    except (ImportError, ValueError) as e:
+        raise CommandError(reason(e)) from e
+    model.load_state_dict(state_dict)
+    write(model, args.model_kwargs, args.checkpoint, args.output)
     print(
         f'Wrote {args.output}/model.safetensors and config.json: {args.model}, '
         f'{sum(p.numel() for p in model.parameters()):,} parameters. '
         f"Load it with timm.create_model('local-dir:{args.output}', pretrained=True)."
     )
-    return None
 
 
-def _require_model(name: str) -> None:
+def require_model(name):
     """Raise unless it is a model of this package: only these exist in Torch7."""
     arch = name.partition('.')[0]
     ours = [n for n in timm.list_models() if timm.models.model_entrypoint(n).__module__.startswith('timm_sharesnet.')]
     if arch not in ours:
-        close = difflib.get_close_matches(arch, ours, 3)
-        meant = f'did you mean {" or ".join(close)}?' if close else f'they are {", ".join(ours)}'
-        raise ValueError(f'{arch} is no model of timm_sharesnet, and only these exist in Torch7: {meant}')
+        meant = did_you_mean(arch, ours, f', they are {", ".join(ours)}')
+        raise CommandError(f'{arch} is no model of timm_sharesnet, and only these exist in Torch7{meant}')
     if unknown := unknown_model(name):
-        raise ValueError(unknown)
+        raise CommandError(unknown)
 
 
-def _key_value(text: str) -> Tuple[str, Any]:
-    key, equals, value = text.partition('=')
-    if not (key and equals):
-        raise ValueError(f'--model-kwargs: expected key=value, found {text!r}')
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value  # a string needs no quotes
-
-
-def _write(model: Any, model_kwargs: Dict[str, Any], checkpoint: Path, output: Path) -> None:
-    """Write both files beside their place before either is moved there. config.json tells which file was imported."""
-    folder = output if output.is_dir() else output.parent
-    folder.mkdir(parents=True, exist_ok=True)
+def write(model, model_kwargs, checkpoint, output):
+    """Write the folder. config.json tells which file was imported, and keeps the tag of no other weights."""
     tag = model.pretrained_cfg['tag'] if 'torch7' in model.pretrained_cfg['tag'] else 'torch7'
-    with TemporaryDirectory(prefix='.import_torch7-', dir=folder) as tmp:
-        new = Path(tmp) / 'new'
-        source = dict(file=checkpoint.name, sha256=hashlib.sha256(checkpoint.read_bytes()).hexdigest())
-        # The default tag may be that of other weights. timm ignores keys that it does not know.
-        config = dict(pretrained_cfg=dict(tag=tag), torch7=source)
-        save_for_hf(model, str(new), model_config=config, model_args=model_kwargs, safe_serialization=True)
-        drop_repeated_args(new / 'config.json')
-        if output.is_dir():
-            for file in new.iterdir():
-                os.replace(file, output / file.name)
-        else:
-            new.rename(output)
+    source = {'file': checkpoint.name, 'sha256': sha256(checkpoint)}
+    save_folder(model, output, model_kwargs, {'pretrained_cfg': {'tag': tag}, 'torch7': source})
 
 
 if __name__ == '__main__':

@@ -1,15 +1,26 @@
-"""How weights came about: what train.py or an import left, read, and rid of paths and secrets to be published."""
+"""How weights came about, as it is published: what makes the recipe, and nothing else.
+
+Nothing is published because it looks harmless, but only what is known to be: options of train.py by their names, with
+numbers or with words that such an option has, and figures of epochs. Paths, addresses, accounts and remarks stay where
+the run was. What a person wrote by hand (training.json, source.json) is refused where it is more than plain words.
+"""
 
 import csv
+import inspect
 import json
 import re
-from pathlib import PurePosixPath
 
 import yaml
-from folder import Fault
+from timm.models import ResNet, is_model, list_models
+from timm.optim import list_optimizers
 
+from timm_sharesnet.cli import CommandError
+from timm_sharesnet.model_args import TRAIN_ARGS, TRAIN_OPTIONS
+from timm_sharesnet.resnetv2 import CifarResNetV2
+
+AUTHOR = 'https://github.com/aboulch/sharesnet'
 NOT_RECORDED = {'how': 'not recorded'}  # training.json where nothing is known
-# What of timm's args.yaml makes a recipe
+# What of train.py's options makes a recipe, as the card shows it
 RECIPE = (
     'pretrained initial_checkpoint epochs batch_size grad_accum_steps opt lr lr_base sched decay_milestones '
     'decay_epochs decay_rate warmup_epochs warmup_lr min_lr momentum weight_decay opt_kwargs train_crop_mode scale '
@@ -18,91 +29,143 @@ RECIPE = (
     'seed'
 ).split()
 
-# Scheme, user information, host and path, query and fragment
-URL = re.compile(r"""([A-Za-z][\w+.-]*://)(?:[^\s/?#"']*@)?([^\s?#"']*)(?:[?#][^\s"']*)?""")
-LOGIN = re.compile(r"""(?<![\w:.-])[\w.+-]+:[^\s/@:"']+@(?=[\w.-])""")  # user:password@host without a scheme
-_SECRET = r'token|password|passwd|pwd|secret|credentials?|(?:api|access|private|secret)[_-]?key'
-SECRET_KEY = re.compile(rf'(?i)(?:{_SECRET}|authorization|(?:^|[_.-])auth|(?<!input)(?<!target)[_-]key)$')
-SECRET = re.compile(
-    rf"""
-    (?<![A-Za-z0-9]) (?:
-        hf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{{8,}} | hf_[a-z]{{20,}} | api_org_\w{{10,}}  # Hugging Face
-        | gh[pousr]_\w{{10,}} | github_pat_\w+ | glpat-[\w-]+           # GitHub, GitLab
-        | A[KS]IA[A-Z0-9]{{12,}} | AIza[\w-]{{20,}} | ya29\.            # Amazon, Google
-        | xox[a-z]-[\w-]+ | sk-[\w-]{{16,}}                             # Slack, OpenAI and others
-        | eyJ[\w-]{{6,}}\.[\w-]+                                        # JSON web token
-        | (?=[A-Za-z0-9]*[a-z])(?=[A-Za-z0-9]*[A-Z])(?=[A-Za-z0-9]*\d)[A-Za-z0-9]{{32,}}
-    )
-    | -----BEGIN | ://[^\s/@:]+:[^\s/@]+@
-    | (?i: \bauthorization\b | \bx-auth | \bcookie\s*: | \bbearer\s+\S | (?:\s|^)(?:-u|--user)[\s=]+\S+:\S
-        | (?:{_SECRET} | signature | \bsig)["']?\s*[=:]\s*["']?[^\s"'] | (?:\s|^)--(?:{_SECRET})\s+\S )
-    """,
-    re.VERBOSE,
+_WORD = r'[a-z]{1,16}\d{0,3}[a-z]{0,2}(_[a-z0-9]{1,12}){0,3}'  # 'batchnorm2d', 'hard_swish'
+_FILES = 'last.pth.tar', 'model_best.pth.tar', 'model.safetensors', 'pytorch_model.bin'
+# Words that options with text have. Options that are not here are published with numbers only.
+_TEXTS = {
+    'aa': r'(rand|augmix|original|originalr|v0|v0r|3a)(-(m|n|p|w|mstd|mmax|inc|d|b|t)\d{1,3}(\.\d{1,3})?)*',
+    'sched': 'cosine|tanh|step|multistep|plateau|poly',
+    'clip_mode': 'norm|value|agc',
+    'lr_base_scale': 'sqrt|linear',
+    'train_crop_mode': 'rrc|rkrc|rkrr',
+    'remode': 'pixel|rand|const',
+    'mixup_mode': 'batch|pair|elem|half',
+    'dist_bn': 'reduce|broadcast',
+    'torchcompile': 'inductor|eager|aot_eager|cudagraphs',
+    'kd_loss_type': 'kl|mse|cosine',
+    'gp': '(fast)?(avg|max|avgmax|catavgmax)',
+    'input_img_mode': 'LA?|RGBA?',
+    **dict.fromkeys(('amp_dtype', 'model_dtype'), 'b?float16|float32'),
+    **dict.fromkeys(('interpolation', 'train_interpolation'), 'random|bilinear|bicubic|nearest|lanczos|box|hamming'),
+    **{option['name']: '|'.join(option['choices']) for option in TRAIN_OPTIONS['options'] if 'choices' in option},
+}
+_OPT_KWARGS = set(
+    'amsgrad betas capturable caution corrected_weight_decay dampening decoupled decoupled_decay eps '
+    'filter_bias_and_bn foreach fused momentum nesterov trust_clip trust_coeff weight_decouple'.split()
 )
+_MODEL_KWARGS = {p for net in (ResNet, CifarResNetV2) for p in inspect.signature(net).parameters} | TRAIN_ARGS.keys()
+_TYPES = {'int': int, 'float': (int, float), 'bool': bool}
+_HEADERS = [
+    ['epoch', 'train_loss', 'lr'],
+    ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr'],
+]
+
+# What a person may tell: sentences of words, names like CIFAR-10 and numbers, no run of letters as long as a token
+_RUN = r'(\d{1,9}([a-z]{1,3}\d{0,4})?|[A-Z]{1,8}\d{0,4}[a-z]?|([A-Z]?[a-z]{1,15}){1,3}\d{0,4}[a-z]?)'
+_TEXT = rf'([`("\']*{_RUN}([-_.,+]{_RUN})*[`)"\';:,.%]*|[=%+-][);:,.]*)'
+_TOLD = {
+    'training.json': 'how data recipe cost seed runs versions epochs changed_since optimizer weight_decay precision '
+    'images not_used averaging torch timm epoch seconds px train_loss eval_loss eval_top1 eval_top5 lr batch_size',
+    'source.json': 'source imported_with file sha256',
+}
+_EXACT = {'file': r'[\w-]{1,24}(\.[\w-]{1,8}){0,3}\.t7(\.gz)?', 'sha256': r'[0-9a-f]{64}', 'source': re.escape(AUTHOR)}
 
 
 def clean(name, content):
-    """A file of a run as it may be published: paths cut to their last part, URLs without user and query.
-
-    Who trained, and where, is nobody's business.
+    """A file of a run as it may be published.
 
     Raises:
-        Fault: Where something looks like a token or password: the key, never the value.
+        CommandError: Where a file that is published as it is holds more than it may: the key, never the value.
     """
     if name == 'args.yaml':
         args = yaml.safe_load(content) or {}
         if not isinstance(args, dict):
-            raise Fault(f'{name} holds no options but a {type(args).__name__}')
-        return yaml.safe_dump(_clean(args, name), sort_keys=False).encode()
-    if name.endswith('.json'):
-        return dump(_clean(json.loads(content), name))
-    refuse_secret(content.decode(), name)
-    return content
+            raise CommandError(f'{name} holds no options but a {type(args).__name__}')
+        return yaml.safe_dump(clean_options(args), sort_keys=False).encode()
+    if name == 'summary.csv':
+        read_summary(content)
+        return content
+    told = json.loads(content)
+    _require_plain(told, name)
+    return dump(told)
 
 
 def dump(data):
-    return json.dumps(data, indent=1, ensure_ascii=False).encode('utf-8', 'backslashreplace') + b'\n'
+    return json.dumps(data, indent=1, ensure_ascii=False).encode() + b'\n'
 
 
-def refuse_secret(text, where):
-    """Raise if a text holds what looks like a secret."""
-    if SECRET.search(text):
-        raise Fault(f'{where} looks like a token or a password, and would be published: take it out')
+def clean_options(args):
+    """The options of train.py that make the recipe, where their values are numbers or words that are known."""
+    found = {}
+    for option in TRAIN_OPTIONS['options']:
+        name, value = option['name'], args.get(option['name'])
+        if value is None or 'wandb' in name:
+            continue
+        if name in ('model', 'kd_model_name'):
+            value = _model(value)
+        elif name == 'opt':
+            value = value if str(value).removeprefix('lookahead_') in list_optimizers() else None
+        elif name in ('initial_checkpoint', 'pretrained_path', 'class_map'):
+            file = str(value).replace('\\', '/').rpartition('/')[2]
+            value = value and (file if file in _FILES else 'a file')
+        elif name in ('model_kwargs', 'opt_kwargs'):
+            keys = _MODEL_KWARGS if name == 'model_kwargs' else _OPT_KWARGS
+            value = value if isinstance(value, dict) else {}
+            value = {k: v for k, v in value.items() if k in keys and is_plain(v)}
+        elif isinstance(value, str):
+            value = value if value == '' or re.fullmatch(_TEXTS.get(name, '(?!)'), value) else None
+        elif not is_plain(value) or not all(isinstance(v, _TYPES.get(option['type'], ())) for v in _flat(value)):
+            value = None
+        if value is not None:
+            found[name] = value
+    return found
 
 
-def _clean(value, where, key=''):
-    where = f'{where}: {key}' if key else where
+def is_plain(value):
+    """Whether an argument of a net is made of numbers and short words: those of timm, but of no token or address."""
     if isinstance(value, dict):
-        for k in value:
-            refuse_secret(str(k), f'{where}: a key')
-        return {k: _clean(v, where, str(k)) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_clean(v, where) for v in value]
-    if SECRET_KEY.search(key) and isinstance(value, (str, int)) and value and not isinstance(value, bool):
-        raise Fault(f'{where} looks like a token or a password, and would be published: take it out')
-    if not isinstance(value, str):
-        return value
-    value = strip_urls(value)
-    if where != 'args.yaml: dataset' or not re.match(r'\w+/\w', value):  # 'torch/cifar10' is no path
-        value = cut_paths(value)
-    refuse_secret(value, where)
-    return value
+        return all(isinstance(v, (str, int)) and is_plain(v) for v in value) and is_plain([*value.values()])
+    if isinstance(value, (list, tuple, set)):
+        return all(map(is_plain, value))
+    if isinstance(value, str):
+        return bool(re.fullmatch(_WORD, value, re.ASCII)) or is_model(value)
+    return value is None or isinstance(value, bool) or (isinstance(value, (int, float)) and abs(value) < 1e12)
 
 
-def strip_urls(text):
-    """Take user information, query and fragment out of all URLs, which may hold passwords and signatures."""
-    text = URL.sub(r'\1\2', text)
-    return text if re.match(r'(?:hf[-_]hub|local-dir):', text) else LOGIN.sub('', text)
+def _flat(value):
+    return [v for item in value for v in _flat(item)] if isinstance(value, (list, tuple)) else [value]
 
 
-def cut_paths(text):
-    """Cut paths to their last part: a text without blanks that has a slash, and absolute paths inside a text."""
-    if re.fullmatch(r'https?://\S*|hf[-_]hub:\S*', text):
-        return text
-    if re.match(r'(local-dir:)?(~|\.{0,2}[/\\]|[A-Za-z]:[/\\])', text) or not re.search(r'\s', text):
-        prefix, path = re.fullmatch(r'(local-dir:)?(.*)', text, re.S).groups()
-        return (prefix or '') + PurePosixPath(path.replace('\\', '/')).name if re.search(r'[/\\]', path) else text
-    return re.sub(r'(?<![\w:/.])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[^\s/\\]+[/\\])+([^\s/\\]*)', r'\1', text)
+def _model(name):
+    """A name that timm has, also on the Hub, or else where the model came from."""
+    source, colon, path = str(name).rpartition(':')
+    arch, _, tag = path.removeprefix('timm/').partition('.')
+    if source in ('', 'hf-hub', 'hf_hub') and is_model(arch):
+        known = not tag or path.removeprefix('timm/') in list_models(f'{arch}.*', include_tags=True)
+        return name if known and path.startswith('timm/') == bool(colon) else arch
+    return source if source in ('hf-hub', 'hf_hub', 'local-dir') else None
+
+
+def _require_plain(value, where, key=''):
+    """Raise unless what was told has known keys, numbers and plain words."""
+    where, key = (f'{where}: {key}', key) if key else (where, key)
+    if isinstance(value, dict):
+        known = _TOLD[where.partition(':')[0]].split()
+        for k, v in value.items():
+            if k.replace(' ', '_') not in known:
+                shown = ', '.join(known).replace('_', ' ')
+                raise CommandError(f'{where} has a key that is none of {shown}, and would be published: take it out')
+            _require_plain(v, where, k)
+    elif isinstance(value, list):
+        for item in value:
+            _require_plain(item, where)
+    elif isinstance(value, str):
+        exact = _EXACT.get(key) if where.startswith('source.json') else None
+        words = [value] if exact else value.split()
+        if not all(re.fullmatch(exact or _TEXT, word, re.ASCII) for word in words):
+            raise CommandError(f'{where} is not in plain words (paths, addresses, tokens?), and would be published')
+    elif not is_plain(value):
+        raise CommandError(f'{where} is no number that was recorded, and would be published')
 
 
 def describe(files):
@@ -141,15 +204,13 @@ def _counts(option, args):
 
 
 def read_summary(content):
-    """train.py's summary.csv. An epoch without validation has a shorter row, whatever the header says."""
-    fields = {
-        3: ('epoch', 'train_loss', 'lr'),
-        6: ('epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr'),
-    }
-    points = []
+    """The points of train.py's summary.csv. An epoch without validation has a shorter row, whatever the header says."""
+    points, headers = [], {len(header): header for header in _HEADERS}
     for row in csv.reader(content.decode().splitlines()):
-        if row and row[0] != 'epoch':  # a resumed run may write the header again
-            if len(row) not in fields:
-                raise Fault(f'summary.csv: a row of {len(row)} values: {",".join(row)}')
-            points.append(dict(zip(fields[len(row)], map(float, row), strict=True)))
+        if not row or row in _HEADERS:  # a resumed run may write the header again
+            continue
+        try:
+            points.append(dict(zip(headers[len(row)], map(float, row), strict=True)))
+        except (KeyError, ValueError) as e:
+            raise CommandError(f'summary.csv: a row of {len(row)} values is not one of train.py') from e
     return points

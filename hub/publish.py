@@ -10,10 +10,9 @@ Without names it takes all folders that have their weights. A repository is made
 is verified and only then made public. What is already there is not sent again, and what should not be there is deleted
 in the same commit. --push needs huggingface-hub 1.1. The token is huggingface_hub's: `hf auth login`, HF_TOKEN or a
 Trusted Publisher (HF_OIDC_RESOURCE, from huggingface-hub 1.19). Here nothing is written but weights.json, with --pin.
-Exit code 0, or 1 and a line a fault.
+Exit code 0, or 2 and a line a fault.
 """
 
-import argparse
 import contextlib
 import os
 import shlex
@@ -27,11 +26,15 @@ import catalog
 import check
 import folder
 import huggingface_hub
-from folder import WEIGHTS, Fault
+import timm
+import torch
+from folder import WEIGHTS
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, logging
 from packaging.version import Version
+
+from timm_sharesnet.cli import CommandError, Parser, command
 
 CHECKSUMS = '1.1'  # the first huggingface-hub that compares them
 TRUSTED_PUBLISHERS = '1.19'  # the first that knows them
@@ -39,15 +42,15 @@ PINNED_ENDPOINT = 'https://huggingface.co'  # the only one whose commits the pac
 GITATTRIBUTES = '.gitattributes'  # the Hub's own, in every new repository
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = folder.refuse
+@command('publish.py')
+def main(argv):
+    parser = Parser(description=__doc__)
     parser.add_argument('names', nargs='*', metavar='ARCH.TAG', help='what to publish')
     parser.add_argument('--namespace', metavar='NS', help=f'{catalog.NAMESPACE} by default')
     catalog.add_output(parser)
     parser.add_argument('--push', action='store_true', help='publish')
     parser.add_argument('--pin', action='store_true', help='write the commit to weights.json')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     shelf = catalog.open_shelf(args.output)
     namespace = catalog.choose_namespace(args.namespace, shelf)
     if args.push:
@@ -57,14 +60,16 @@ def main():
         refuse_pin(args.push, shelf, namespace, constants.ENDPOINT)
     names = args.names or [name for name in shelf.names() if (shelf.path / name / WEIGHTS).is_file()]
     if not names:
-        raise Fault(f'there is nothing to publish in {shelf.path}')
+        raise CommandError(f'there is nothing to publish in {shelf.path}')
     releases = [catalog.parse(name, shelf) for name in names]
     for release in releases if args.pin else ():
         if release.other_args:
-            raise Fault(f'--pin: the package loads by name, so {release.name} would lack {card.tell_args(release)}')
+            raise CommandError(
+                f'--pin: the package loads by name, so {release.name} would lack {card.tell_args(release)}'
+            )
     faults = [f'{r.name}: {fault}' for r in releases for fault in local_faults(r, namespace, args.push)]
     if faults:
-        raise Fault(*faults)
+        raise CommandError(*faults)
     for release in releases:
         show(release, namespace)
     if not args.push:
@@ -77,13 +82,13 @@ def main():
     for release in releases:
         try:
             oid = push(api, release, namespace)
-        except Fault as e:
+        except CommandError as e:
             faults += [f'{namespace}/{release.name}: {fault}' for fault in e.args]
             continue
         if args.pin:
             write_pin(release, f'{namespace}/{release.name}', oid)
     if faults:
-        raise Fault(*faults)
+        raise CommandError(*faults)
 
 
 # The pin
@@ -92,13 +97,13 @@ def main():
 def refuse_pin(push, shelf, namespace, endpoint):
     """Raise unless the commit may be named in the package, from which every user loads."""
     if not push:
-        raise Fault('--pin needs --push, which tells the commit')
+        raise CommandError('--pin needs --push, which tells the commit')
     if shelf.package is None:
-        raise Fault(
+        raise CommandError(
             '--pin is for what the package loads, not for folders of your own: load with hf-hub:NAMESPACE/ARCH.TAG'
         )
     if namespace != catalog.NAMESPACE or endpoint != PINNED_ENDPOINT:
-        raise Fault(
+        raise CommandError(
             f'--pin is for {catalog.NAMESPACE} on {PINNED_ENDPOINT} only, not for {namespace} on {endpoint}: '
             'push without it, and load with hf-hub:NAMESPACE/ARCH.TAG'
         )
@@ -109,7 +114,7 @@ def write_pin(release, repo_id, oid):
     with release.shelf.locked():
         pins = folder.read_json(path)
         pins[release.name] |= {'repo': repo_id, 'revision': oid}
-        with folder.staged({path: folder.to_json(pins).encode()}) as written:
+        with folder.staged({path: folder.to_json(pins)}) as written:
             folder.replace(written)
     print(f'{repo_id}: weights.json names commit {oid}; commit it and release the package')
 
@@ -151,7 +156,7 @@ def require_hub(version, what):
     """Raise if the installed huggingface-hub is older."""
     found = huggingface_hub.__version__
     if Version(found) < Version(version):
-        raise Fault(
+        raise CommandError(
             f"{what} needs huggingface-hub {version}, found {found}: pip install -U 'huggingface-hub>={version}'"
         )
 
@@ -163,15 +168,15 @@ def log_in(namespace):
     with step('reading the token'):
         token = get_token()
     if not token:
-        raise Fault('there is no token: `hf auth login`, or set HF_TOKEN to one that may write')
+        raise CommandError('there is no token: `hf auth login`, or set HF_TOKEN to one that may write')
     api = HfApi(token=token)
     if not os.environ.get('HF_OIDC_RESOURCE'):  # such a token belongs to a repository, not to a person
         with step(f'asking {constants.ENDPOINT} whose token this is'):
             me = api.whoami()
         if me.get('auth', {}).get('accessToken', {}).get('role') == 'read':
-            raise Fault(f'the token of {me["name"]} is read-only: make one that may write to {namespace}')
+            raise CommandError(f'the token of {me["name"]} is read-only: make one that may write to {namespace}')
         if namespace not in (me['name'], *(org['name'] for org in me.get('orgs', []))):
-            raise Fault(f'the token belongs to {me["name"]}, who is not in the namespace {namespace}')
+            raise CommandError(f'the token belongs to {me["name"]}, who is not in the namespace {namespace}')
     return api
 
 
@@ -187,8 +192,8 @@ def push(api, release, namespace):
         verify(api, repo_id, oid, path)
     except BaseException as e:
         state = clean_up(api, repo_id, before)
-        if isinstance(e, Fault):
-            raise Fault(*e.args, state) from e
+        if isinstance(e, CommandError):
+            raise CommandError(*e.args, state) from e
         print(f'{repo_id}: {state}', file=sys.stderr)
         raise
     if info.private:
@@ -199,7 +204,9 @@ def push(api, release, namespace):
             except Exception as e:
                 error = e  # it may have been done, and only the answer was lost
             if api.model_info(repo_id).private:
-                raise error or Fault(f'commit {oid} is there and verified, but the Hub still shows it as private')
+                raise error or CommandError(
+                    f'commit {oid} is verified, but the Hub still shows it as private'
+                )
     print(f'{repo_id}: {"unchanged, " if oid == info.sha else ""}verified and public at commit {oid}')
     return oid
 
@@ -212,7 +219,7 @@ def find(api, repo_id):
         except RepositoryNotFoundError:
             return None
     if info.id != repo_id:
-        raise Fault(f'it was renamed or transferred to {info.id}, which whoever owns it now may change')
+        raise CommandError(f'it was renamed or transferred to {info.id}, which whoever owns it now may change')
     return info
 
 
@@ -226,7 +233,7 @@ def create(api, repo_id):
             error = e  # it may have been made, and only the answer was lost
         info = find(api, repo_id)
         if info is None:
-            raise error or Fault('the Hub does not show the new repository yet: run this again')
+            raise error or CommandError('the Hub does not show the new repository yet: run this again')
         return info
 
 
@@ -242,7 +249,7 @@ def commit(api, info, path):
             ).oid
         except Exception as e:
             if _status(e) == 412:
-                raise Fault('somebody else committed at the same time: look at it, then run this again') from e
+                raise CommandError('somebody else committed at the same time: look at it, then run this again') from e
             with contextlib.suppress(Exception):
                 now = api.model_info(info.id).sha
                 if now != info.sha:  # it was made, and only the answer was lost; `verify` tells
@@ -252,31 +259,28 @@ def commit(api, info, path):
 
 def verify(api, repo_id, oid, path):
     """Raise unless a commit is on main, holds the folder's files alone, has a card, and loads to the same weights."""
-    import timm
-    import torch
-
     with step(f'verifying commit {oid}'):
         info = api.model_info(repo_id)
         found = api.verify_repo_checksums(repo_id, revision=oid, local_dir=path)
         wrong = {file['path'] for file in found.mismatches} | set(found.extra_paths)
         wrong |= set(found.missing_paths) - {GITATTRIBUTES}
         if info.sha != oid:
-            raise Fault(f'somebody else has committed {info.sha} since: look at it, then run this again')
+            raise CommandError(f'somebody else has committed {info.sha} since: look at it, then run this again')
         if wrong:
-            raise Fault(f'not as sent: {", ".join(sorted(wrong))}')
+            raise CommandError(f'not as sent: {", ".join(sorted(wrong))}')
         card_data, ours = info.card_data, ModelCard.load(path / 'README.md').data
         if not card_data or card_data.library_name != 'timm' or bool(card_data.eval_results) != bool(ours.eval_results):
-            raise Fault('the Hub does not see the metadata of the card')
+            raise CommandError('the Hub does not see the metadata of the card')
         with tempfile.TemporaryDirectory() as cache:
             loaded = timm.create_model(f'hf-hub:{repo_id}@{oid}', pretrained=True, cache_dir=cache).eval()
         sent = folder.load(path)
         images = torch.randn(2, *sent.pretrained_cfg['input_size'])
         found, expected = loaded.state_dict(), sent.state_dict()
         if found.keys() != expected.keys() or not all(torch.equal(found[k], expected[k]) for k in expected):
-            raise Fault('timm does not load the same weights from the Hub as from the folder')
+            raise CommandError('timm does not load the same weights from the Hub as from the folder')
         with torch.inference_mode():
             if not torch.allclose(loaded(images), sent(images)):
-                raise Fault('timm does not build the same net from the Hub as from the folder')
+                raise CommandError('timm does not build the same net from the Hub as from the folder')
 
 
 def clean_up(api, repo_id, before):
@@ -300,10 +304,10 @@ def step(what):
     """Turn whatever goes wrong into a fault that says at what."""
     try:
         yield
-    except Fault:
+    except CommandError:
         raise
     except Exception as e:
-        raise Fault(f'{what}: {_explain(e)}') from e
+        raise CommandError(f'{what}: {_explain(e)}') from e
 
 
 def _explain(e):
@@ -321,4 +325,4 @@ def _status(e):
 
 
 if __name__ == '__main__':
-    folder.run(main)
+    sys.exit(main())

@@ -259,7 +259,7 @@ def test_share_says_what_is_wrong_with_its_output(
         raise error
 
     save_for_hf(net(), 'net', model_args={'layers': (2, 3, 3)}, safe_serialization=True)
-    monkeypatch.setattr(sys.modules['timm_sharesnet.sharing.__main__'], 'save_for_hf', save_nothing)
+    monkeypatch.setattr(sys.modules['timm_sharesnet.sharing.__main__'], 'save_folder', save_nothing)
     assert share_main(['local-dir:net', '--output', 'out', '--init', 'mean']) == 2
     assert capsys.readouterr().err == f'share: out: {str(error) or "OSError"}\n'
     assert {path.name for path in folder.iterdir()} == {'net'}

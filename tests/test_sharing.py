@@ -12,13 +12,12 @@ import torch.nn as nn
 from demo import load_images
 from models import TWINS, create, error, images
 from plain_nets import NARROW, kinds, plain_nets, stages
-from timm.models import save_for_hf
 from torch.nn.utils import prune
 
 from timm_sharesnet import CifarResNetV2, ShaResNet, fold, share, unshare
 from timm_sharesnet.sharing.__main__ import main
 from timm_sharesnet.sharing.run import permute_channels
-from timm_sharesnet.weights import drop_repeated_args
+from timm_sharesnet.weights import save_folder
 
 
 @plain_nets
@@ -100,9 +99,8 @@ def test_grouped_convolutions_are_not_aligned_and_the_report_says_so() -> None:
 def test_saved_it_loads_by_its_config(name: str, kwargs: Dict[str, Any], tmp_path: Path) -> None:
     model = timm.create_model(name, **kwargs).eval()
     shared = share(model, 0.5, init='first')
-    model_args = {} if hasattr(model, '_model_args') else {**kwargs, **shared._model_args}  # timm 1.0.28 records none
-    save_for_hf(shared, str(tmp_path), model_args=model_args, safe_serialization=True)
-    drop_repeated_args(tmp_path / 'config.json')
+    model_args = {**kwargs, **shared._model_args}  # timm 1.0.28 records none of kwargs
+    save_folder(shared, tmp_path, model_args)
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     x = images(model)[:, : model.in_chans]
     assert torch.equal(loaded(x), shared(x))

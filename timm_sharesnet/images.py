@@ -44,20 +44,29 @@ class FolderImages(Dataset[torch.Tensor]):
         folder: Folder of images, in subfolders or not.
         model: Model with timm's `pretrained_cfg`.
         size: Channels, height and width, see `image_size`.
+        mode: PIL's, in which images are read. By default grey for one channel, RGB for three.
+        splits: Whether it may be a folder of splits.
 
     Raises:
         CommandError: If there are no images, or only those of other splits, or the model takes neither grey nor colour
             images; at the item, if an image cannot be read.
     """
 
-    def __init__(self, folder: Union[str, Path], model: nn.Module, size: Optional[Tuple[int, int, int]] = None) -> None:
+    def __init__(
+        self,
+        folder: Union[str, Path],
+        model: nn.Module,
+        size: Optional[Tuple[int, int, int]] = None,
+        mode: str = '',
+        splits: bool = True,
+    ) -> None:
         size = size or image_size(model)
-        if size[0] not in _MODES:
+        self.mode = mode or _MODES.get(size[0], '')
+        if not self.mode:
             raise CommandError(
                 f'images of a folder are grey or RGB, the net takes {size[0]} channels: give batches of your own to '
                 f'timm_sharesnet.share or timm_sharesnet.export.quantize'
             )
-        self.mode = _MODES[size[0]]
         config = resolve_data_config({'input_size': size}, model=model)
         for key in 'mean', 'std':  # of a grey image the average of three, as timm's loader does it
             config[key] = adapt_to_chs(config[key], size[0])
@@ -68,7 +77,10 @@ class FolderImages(Dataset[torch.Tensor]):
             raise CommandError(f'there are no images in {folder}') from e
         except ValueError as e:  # timm sorts by numbers, and takes a superscript for one
             raise CommandError(f'timm cannot sort the names in {folder}: {reason(e)}') from e
-        self.folder, self.indices = self._choose_split(str(folder))
+        self.folder: str = str(folder)
+        self.indices: Sequence[int] = range(len(self.reader))
+        if splits:
+            self.folder, self.indices = self._choose_split(self.folder)
 
     def _choose_split(self, folder: str) -> Tuple[str, Sequence[int]]:
         """The folder that images are taken from, and which of the reader's they are."""

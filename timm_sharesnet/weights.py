@@ -10,6 +10,7 @@ it. All must hold exactly the tensors of the model (`checkpoint_filter_fn`).
 import contextlib
 import hashlib
 import json
+import tempfile
 from functools import partial
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
@@ -261,18 +262,44 @@ def unknown_model(name: str) -> str:
     return f'timm knows no model {name}{did_you_mean(name, known, ". timm.list_models() has the names.")}'
 
 
-def drop_repeated_args(config: Path) -> None:
-    """Rewrite a config.json that timm wrote without what its `model_args` repeat of the rest.
+def save_folder(
+    model: Any, folder: Union[str, Path], model_args: Dict[str, Any], model_config: Optional[Dict[str, Any]] = None
+) -> None:
+    """Write a folder that timm (`local-dir:`) and transformers load, complete or not at all.
 
-    transformers passes `num_classes` beside `model_args` and fails where that has it, too
-    (huggingface/transformers#34564). timm takes it from the top level.
+    If it is there, its `model.safetensors` and `config.json` are replaced, and no other file is touched.
+
+    Args:
+        model: Model with timm's `pretrained_cfg`.
+        folder: Folder to write.
+        model_args: Arguments that build the model again, beside its name. The number of classes is not repeated in
+            config.json: transformers passes it beside `model_args` and fails where that has it, too
+            (huggingface/transformers#34564). timm takes it from the top level.
+        model_config: What else config.json tells, as for `timm.models.save_for_hf`.
     """
-    content = json.loads(config.read_text(encoding='utf-8'))
-    args = content.pop('model_args', {})
-    args.pop('num_classes', None)
-    if args:
-        content['model_args'] = args
-    config.write_text(json.dumps(content, indent=2), encoding='utf-8')
+    from timm.models._hub import save_config_for_hf
+
+    folder = Path(folder)
+    beside = folder if folder.is_dir() else folder.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}-', dir=beside) as temporary:
+        new = Path(temporary, folder.name)
+        new.mkdir()
+        tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+        safetensors.torch.save_file(tensors, new / _FILENAME, metadata={'format': 'pt'})
+        (new / _FILENAME).chmod(0o644)  # safetensors lets nobody else read it
+        args = {k: v for k, v in model_args.items() if k != 'num_classes'}
+        save_config_for_hf(model, str(new / 'config.json'), model_config=model_config, model_args=args)
+        config = json.loads((new / 'config.json').read_text(encoding='utf-8'))
+        config.pop('model_args', None)  # versions of timm write different ones
+        if args:
+            config['model_args'] = args
+        (new / 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
+        if folder.is_dir():
+            for file in new.iterdir():
+                file.replace(folder / file.name)
+        else:
+            new.rename(folder)
 
 
 def checkpoint_filter_fn(

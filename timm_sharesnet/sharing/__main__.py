@@ -4,19 +4,17 @@ import argparse
 import ast
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import Sequence
 
 from safetensors import SafetensorError
-from timm.models import save_for_hf
 
 from ..cli import CommandError, Parser, command, concerning, reason
 from ..images import FolderImages, add_calibration_arguments
 from ..loading import add_model_arguments, load_model
 from ..model_args import model_args, options_for_train, unlike_its_name
 from ..share_rate import ShareRate
-from ..weights import drop_repeated_args
+from ..weights import save_folder
 from . import __doc__
 from .convert import share
 from .run import INITS
@@ -64,12 +62,7 @@ def main(argv: Sequence[str]) -> None:
             raise CommandError(reason(e)) from e
         if fault := unlike_its_name(shared):
             raise CommandError(f'{args.model} is not what timm builds by its name and arguments: {fault}')
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix='.share-', dir=args.output.parent) as temporary:
-            folder = Path(temporary, args.output.name)
-            save_for_hf(shared, str(folder), model_args=model_args(shared), safe_serialization=True)
-            drop_repeated_args(folder / 'config.json')
-            folder.rename(args.output)
+        save_folder(shared, args.output, model_args(shared))
     print(shared.share_report)
     print(f'{args.output}: {sum(p.numel() for p in shared.parameters()):,} parameters, to train on with')
     weights = str(args.output / 'model.safetensors')
