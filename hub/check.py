@@ -188,24 +188,13 @@ def config_faults(release, _manifest, pin):
 
 
 def provenance_faults(release, manifest, _pin):
-    faults, files = [], {name: release.path / name for name in sorted(folder.PROVENANCE)}
-    for name, file in [*files.items()]:
-        if not file.is_file():
-            del files[name]
-            continue
-        content = file.read_bytes()
-        try:
-            files[name] = provenance.clean(name, content)
-        except CommandError as e:
-            faults += e.args
-        except Exception as e:
-            faults.append(f'{name} cannot be read: {e}')
-        else:
-            if files[name] != content:
-                faults.append(f'{name} has more than makes the recipe, or is not as build.py writes it')
-    if any(isinstance(content, Path) for content in files.values()):
-        return faults
-    training, points, seed = provenance.describe(files)
+    files = provenance.read(release.path)
+    faults = [
+        f'{name} has more than makes the recipe, or is not as build.py writes it'
+        for name, content in files.items()
+        if (release.path / name).read_bytes() != content
+    ]
+    _, points, seed = provenance.describe(files)
     if seed != manifest[release.name]['seed']:
         faults.append(f'seed: the manifest says {manifest[release.name]["seed"]}, the record {seed}')
     curves = release.path / 'curves.png'
@@ -270,15 +259,21 @@ def card_faults(release, manifest, pin):
     """Whether the card is the one that build.py writes. What else a line says is not told, as it may be a secret."""
     path = release.path
     text = (path / 'README.md').read_text(encoding='utf-8')
-    files = {name: path / name for name in folder.PROVENANCE}
-    training, _, _ = provenance.describe({name: file.read_bytes() for name, file in files.items() if file.is_file()})
+    try:
+        training, _, _ = provenance.describe(provenance.read(path))
+    except CommandError:  # `provenance_faults` tells it
+        return []
     namespace = card.card_namespace(text, release.name)
     if namespace is None:
         return ['README.md names no namespace that it was written for, or several']
     lines = text.splitlines()
     expected = card.compose(release, path, namespace, manifest, pin, training).splitlines()
     faults = [f'README.md does not have the line: {line}' for line in expected if line not in lines]
-    faults += [f'README.md has a line too many, the {i}th' for i, line in enumerate(lines, 1) if line not in expected]
+    faults += [
+        f'README.md: line {i} is not one that build.py writes'
+        for i, line in enumerate(lines, 1)
+        if line not in expected
+    ]
     return faults or ([] if lines == expected else ['README.md has its lines in another order than build.py'])
 
 

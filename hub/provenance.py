@@ -11,6 +11,7 @@ import json
 import re
 
 import yaml
+from folder import PROVENANCE
 from timm.models import ResNet, is_model, list_models
 from timm.optim import list_optimizers
 
@@ -71,21 +72,28 @@ _TOLD = {
 _EXACT = {'file': r'[\w-]{1,24}(\.[\w-]{1,8}){0,3}\.t7(\.gz)?', 'sha256': r'[0-9a-f]{64}', 'source': re.escape(AUTHOR)}
 
 
+def read(path):
+    """The files of a folder that tell of it, name -> bytes, as they may be published."""
+    return {name: clean(name, (path / name).read_bytes()) for name in sorted(PROVENANCE) if (path / name).is_file()}
+
+
 def clean(name, content):
     """A file of a run as it may be published.
 
     Raises:
         CommandError: Where a file that is published as it is holds more than it may: the key, never the value.
     """
+    try:
+        if name == 'summary.csv':
+            read_summary(content)
+            return content
+        told = yaml.safe_load(content) or {} if name == 'args.yaml' else json.loads(content)
+    except (ValueError, yaml.YAMLError) as e:
+        raise CommandError(f'{name} cannot be read: {type(e).__name__}') from None
+    if not isinstance(told, dict):
+        raise CommandError(f'{name} holds no names with values but a {type(told).__name__}')
     if name == 'args.yaml':
-        args = yaml.safe_load(content) or {}
-        if not isinstance(args, dict):
-            raise CommandError(f'{name} holds no options but a {type(args).__name__}')
-        return yaml.safe_dump(clean_options(args), sort_keys=False).encode()
-    if name == 'summary.csv':
-        read_summary(content)
-        return content
-    told = json.loads(content)
+        return yaml.safe_dump(clean_options(told), sort_keys=False).encode()
     _require_plain(told, name)
     return dump(told)
 
@@ -137,13 +145,17 @@ def _flat(value):
 
 
 def _model(name):
-    """A name that timm has, also on the Hub, or else where the model came from."""
+    """A model by its name, where timm has that, and of a folder or the Hub also without: what it came from."""
     source, colon, path = str(name).rpartition(':')
-    arch, _, tag = path.removeprefix('timm/').partition('.')
-    if source in ('', 'hf-hub', 'hf_hub') and is_model(arch):
-        known = not tag or path.removeprefix('timm/') in list_models(f'{arch}.*', include_tags=True)
-        return name if known and path.startswith('timm/') == bool(colon) else arch
-    return source if source in ('hf-hub', 'hf_hub', 'local-dir') else None
+    owner, _, model = path.replace('\\', '/').rpartition('/')
+    arch, _, tag = model.partition('.')
+    if not is_model(arch):
+        model = ''
+    elif tag and model not in list_models(f'{arch}.*', include_tags=True):
+        model = arch
+    if source not in ('', 'hf-hub', 'hf_hub', 'local-dir'):
+        return None
+    return f'{source}{colon}{"timm/" if source.startswith("hf") and owner == "timm" else ""}{model}' or None
 
 
 def _require_plain(value, where, key=''):

@@ -204,9 +204,7 @@ def push(api, release, namespace):
             except Exception as e:
                 error = e  # it may have been done, and only the answer was lost
             if api.model_info(repo_id).private:
-                raise error or CommandError(
-                    f'commit {oid} is verified, but the Hub still shows it as private'
-                )
+                raise error or CommandError(f'commit {oid} is verified, but the Hub still shows it as private')
     print(f'{repo_id}: {"unchanged, " if oid == info.sha else ""}verified and public at commit {oid}')
     return oid
 

@@ -3,3 +3,5 @@
 import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch is imported, here and in the processes that tests start
+
+from hub_project import any_onnx, no_memory, project, run, run_imported, scripts  # noqa: E402,F401  # for tests of hub/

@@ -1,8 +1,10 @@
-"""A copy of what the scripts of hub/ read and write, so that no test touches the checkout."""
+"""A copy of what the scripts of hub/ read and write, so that no test touches the checkout, and fixtures of it."""
 
+import json
 import shutil
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 
@@ -17,6 +19,41 @@ def copy_project(target):
     (target / 'tests').mkdir()
     (target / 'tests' / 'data').symlink_to(ROOT / 'tests' / 'data')
     return target
+
+
+@pytest.fixture
+def project(tmp_path):
+    """What the scripts read and write, copied."""
+    return copy_project(tmp_path / 'project')
+
+
+@pytest.fixture
+def scripts(project, monkeypatch):
+    """Let the scripts, imported from the checkout, work on the copy."""
+    return use(project, monkeypatch)
+
+
+@pytest.fixture
+def no_memory(scripts, monkeypatch):
+    """Do not measure the memory of ONNX sessions, each in a process of its own."""
+    from timm_sharesnet.export import Memory
+
+    monkeypatch.setattr('build.session_memory', lambda _: Memory(2.0, 1.0, 3.0))
+
+
+@pytest.fixture
+def any_onnx(scripts, monkeypatch):
+    """Take the project's ONNX file in place of a net's own, which takes long to write and open."""
+    use_any_onnx(monkeypatch)
+
+
+def read_manifest(path, name=NAME):
+    """The entry of manifest.json below a directory."""
+    return json.loads((path / 'manifest.json').read_text())[name]
+
+
+def read_files(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 
 def snapshot(project):
@@ -84,13 +121,6 @@ def use_any_onnx(monkeypatch):
     monkeypatch.setattr(build, 'measure_session', lambda _: {'kernels': 7, 'session': None})
 
 
-def skip_memory(monkeypatch):
-    """Do not measure the memory of ONNX sessions, each in a process of its own."""
-    from timm_sharesnet.export import Memory
-
-    monkeypatch.setattr('timm_sharesnet.export.session_memory', lambda _: Memory(2.0, 1.0, 3.0))
-
-
 def save(path, state_dict):
     torch.save({'state_dict': state_dict}, path)
     return path
@@ -103,14 +133,22 @@ def release(path):
     return catalog.parse(path.name, catalog.OURS)
 
 
-def run(script, argv, monkeypatch, capsys):
-    """Run an imported script's `main`: exit status, output, lines of standard error."""
-    import folder
+@pytest.fixture
+def run_imported(capsys):
+    """Run an imported script: exit code, output, lines of standard error."""
 
-    monkeypatch.setattr('sys.argv', [f'{script.__name__}.py', *map(str, argv)])
-    capsys.readouterr()
-    try:
-        folder.run(script.main)
-    except SystemExit as e:
+    def run(script, *argv):
+        capsys.readouterr()
+        try:
+            code = __import__(script).main([*map(str, argv)])
+        except SystemExit as e:  # of --help
+            code = e.code
         out, err = capsys.readouterr()
-        return e.code, out, err.splitlines()
+        return code, out, err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def run(run_imported):
+    return run_imported

@@ -14,20 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_project import (
-    NAME,
-    ROOT,
-    copy_project,
-    edit,
-    release,
-    run,
-    save,
-    skip_memory,
-    snapshot,
-    use,
-    use_any_onnx,
-    use_small_net,
-)
+from hub_project import NAME, ROOT, edit, release, save, snapshot, use_small_net
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -60,13 +47,7 @@ SUMMARY = """epoch,train_loss,lr
 
 
 @pytest.fixture
-def project(tmp_path):
-    return copy_project(tmp_path / 'project')
-
-
-@pytest.fixture
-def build(project, monkeypatch):
-    use(project, monkeypatch)
+def build(scripts, monkeypatch):
     import build
     import folder
 
@@ -123,27 +104,17 @@ def data(tmp_path):
     return tmp_path / 'data'
 
 
-@pytest.fixture
-def other_onnx(build, monkeypatch):
-    use_any_onnx(monkeypatch)
-
-
-@pytest.fixture
-def no_memory(monkeypatch):
-    skip_memory(monkeypatch)
-
-
 @pytest.mark.parametrize(
     ('last', 'ema', 'better'), [(8, 3, 'EMA'), pytest.param(3, 8, 'not averaged', marks=pytest.mark.slow)]
 )
 def test_train_run_becomes_a_folder_with_the_better_weights(
-    build, project, train_run, data, no_memory, monkeypatch, capsys, request, last, ema, better
+    build, project, train_run, data, no_memory, run, request, last, ema, better
 ):
     if better != 'EMA':
-        request.getfixturevalue('other_onnx')
+        request.getfixturevalue('any_onnx')
     path, *state_dicts = train_run(last, ema)
     name = 'shawrn40_4.test_c10'
-    code, out, err = run(build, [path, '--model', name, '--data-dir', data], monkeypatch, capsys)
+    code, out, err = run('build', path, '--model', name, '--data-dir', data)
     assert (code, err) == (0, [])
     folder = project / 'hub' / name
     files = {'model.safetensors', 'config.json', 'README.md', 'args.yaml', 'summary.csv', 'curves.png', 'onnx'}
@@ -166,8 +137,8 @@ def test_train_run_becomes_a_folder_with_the_better_weights(
     assert (entry['parameters'], entry['dtype'], entry['seed'], entry['data']) == (5852634, 'float16', 42, 'CIFAR-10')
 
     args = yaml.safe_load((folder / 'args.yaml').read_text())
-    cut = {'data_dir': 'cifar10', 'initial_checkpoint': 'last.pth.tar', 'kd_model_name': 'local-dir:teacher'}
-    assert args == ARGS | cut
+    cut = {'initial_checkpoint': 'last.pth.tar', 'kd_model_name': 'local-dir:'}
+    assert args == {key: value for key, value in (ARGS | cut).items() if key not in ('data_dir', 'dataset')}
     text = (folder / 'README.md').read_text()
     assert 'its unshared twin `wrn40_4`, same recipe | not measured' in text
     assert '| **this model** | 23.08 % |' in text and '| WRN-40-4, shared | 94.90 % |' in text
@@ -194,34 +165,34 @@ def pins(project):
 
 
 @pytest.mark.parametrize('tag', ['torch7_c10', 'other_c10'])
-def test_origin_of_weights_is_what_their_folder_says(tag, build, project, monkeypatch, capsys):
+def test_origin_of_weights_is_what_their_folder_says(tag, build, project, run):
     """Also if the path is that of the file: neither can trained weights pass for the author's, nor his for ours."""
     path = project / 'hub' / NAME
     if tag == 'other_c10':
         edit(path / 'config.json', '"tag": "cpu_c10"', '"tag": "torch7"')
-    code, _, err = run(build, [path / 'model.safetensors', '--model', f'sharesnet164_cifar.{tag}'], monkeypatch, capsys)
-    assert code == 1 and len(err) == 1
+    code, _, err = run('build', path / 'model.safetensors', '--model', f'sharesnet164_cifar.{tag}')
+    assert code == 2 and len(err) == 1
     assert 'is for weights that hub/import_torch7.py wrote' in err[0] or 'were imported from Torch7' in err[0]
 
 
-def test_a_folder_s_weights_file_brings_its_provenance(build, project, monkeypatch, capsys):
+def test_a_folder_s_weights_file_brings_its_provenance(build, project, run):
     path = project / 'hub' / NAME
     before = (path / 'training.json').read_bytes()
-    assert run(build, [path / 'model.safetensors', '--model', NAME], monkeypatch, capsys)[0] == 0
+    assert run('build', path / 'model.safetensors', '--model', NAME)[0] == 0
     assert (path / 'training.json').read_bytes() == before and (path / 'curves.png').is_file()
 
 
-def test_import_becomes_a_folder_with_its_source_in_fp32(build, project, no_memory, tmp_path, monkeypatch, capsys):
+def test_import_becomes_a_folder_with_its_source_in_fp32(build, project, no_memory, tmp_path, run, monkeypatch, capsys):
     import catalog
     import check
     import import_torch7
 
     model = timm.create_model('sharesnet34')
     (tmp_path / 'resnet-34.t7').write_bytes(b'the file of the author')
-    import_torch7._write(model, {}, tmp_path / 'resnet-34.t7', tmp_path / 'imported')
+    import_torch7.write(model, {}, tmp_path / 'resnet-34.t7', tmp_path / 'imported')
     monkeypatch.setattr(catalog, 'TRACKED_BYTES', 50e6)
     name = 'sharesnet34.torch7_in1k'
-    code, out, err = run(build, [tmp_path / 'imported', '--model', name], monkeypatch, capsys)
+    code, out, err = run('build', tmp_path / 'imported', '--model', name)
     assert (code, err) == (0, [])
     path = project / 'hub' / name
     names = {'model.safetensors', 'config.json', 'README.md', 'source.json', 'onnx'}
@@ -252,7 +223,7 @@ def test_import_becomes_a_folder_with_its_source_in_fp32(build, project, no_memo
     assert check.session_faults(release(path)) == []
     shutil.rmtree(path / 'onnx')
     (path / 'model.safetensors').unlink()
-    assert run(check, [path], monkeypatch, capsys) == (
+    assert run('check', path) == (
         0,
         f'{name}: ok, onnx/ not here, model.safetensors not here\n',
         [],
@@ -271,7 +242,7 @@ def small_net(build, monkeypatch):
 
 
 def test_onnx_files_are_calibrated_on_training_images_and_kept_with_the_weights(
-    build, project, small_net, data, tmp_path, monkeypatch, capsys
+    build, project, small_net, data, tmp_path, run, monkeypatch
 ):
     import check
 
@@ -282,7 +253,7 @@ def test_onnx_files_are_calibrated_on_training_images_and_kept_with_the_weights(
     read = []
     monkeypatch.setattr(build, 'CALIBRATION', 5)
     monkeypatch.setattr('PIL.Image.open', spy(Image.open, read))
-    code, out, err = run(build, [weights, '--model', name, '--data-dir', data], monkeypatch, capsys)
+    code, out, err = run('build', weights, '--model', name, '--data-dir', data)
     assert (code, err) == (0, [])
     assert sum('/train/' in file for file in read) == 5
     assert {file.name for file in onnx.iterdir()} == {'model.onnx', 'model_quantized.onnx'}
@@ -300,12 +271,12 @@ def test_onnx_files_are_calibrated_on_training_images_and_kept_with_the_weights(
 
     # the same weights again, without data
     before = snapshot(project)
-    code, _, err = run(build, [path, '--model', name], monkeypatch, capsys)
+    code, _, err = run('build', path, '--model', name)
     assert (code, err) == (0, []) and snapshot(project) == before
 
     # and with data, but none to calibrate with: the same fp32 file, measured, and no int8
     shutil.rmtree(data / 'train')
-    code, out, err = run(build, [path, '--model', name, '--data-dir', data], monkeypatch, capsys)
+    code, out, err = run('build', path, '--model', name, '--data-dir', data)
     assert (code, err) == (0, []) and [file.name for file in onnx.iterdir()] == ['model.onnx']
     assert f'no onnx/model_quantized.onnx: {data} has no folder train to calibrate it with' in out
     assert (onnx / 'model.onnx').read_bytes() == before[str(onnx / 'model.onnx')]
@@ -324,31 +295,29 @@ def manifest(project):
     return json.loads((project / 'hub' / 'manifest.json').read_text())
 
 
-def test_new_weights_without_data_have_no_int8_and_no_accuracy(
-    build, project, other_onnx, tmp_path, monkeypatch, capsys
-):
+def test_new_weights_without_data_have_no_int8_and_no_accuracy(build, project, any_onnx, tmp_path, run):
     weights = save(tmp_path / 'x.pth', timm.create_model('sharesnet164_cifar').state_dict())
-    code, out, err = run(build, [weights, '--model', NAME], monkeypatch, capsys)
+    code, out, err = run('build', weights, '--model', NAME)
     assert (code, err) == (0, [])
     assert 'no onnx/model_quantized.onnx: without --data-dir there are no images to calibrate it with' in out
     entry = manifest(project)[NAME]
     assert entry['accuracy'] is None and entry['onnx']['files'].keys() == {'model.onnx'}
 
 
-def test_missing_onnx_runtime_is_told_before_anything_is_read(build, project, monkeypatch, capsys):
+def test_missing_onnx_runtime_is_told_before_anything_is_read(build, project, run, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
-    code, _, err = run(build, ['missing', '--model', NAME], monkeypatch, capsys)
-    assert (code, err) == (1, ["build.py: onnxruntime is not installed: pip install 'timm-sharesnet[onnx]'"])
+    code, _, err = run('build', 'missing', '--model', NAME)
+    assert (code, err) == (2, ["build.py: onnxruntime is not installed: pip install 'timm-sharesnet[onnx]'"])
 
 
-def test_renewed_folder_keeps_what_was_measured(build, project, monkeypatch, capsys):
+def test_renewed_folder_keeps_what_was_measured(build, project, run, monkeypatch):
     path = project / 'hub' / NAME
     before, manifest = snapshot(project), json.loads((project / 'hub' / 'manifest.json').read_text())
     pinned = json.loads(pins(project))
     pinned[NAME] |= {'repo': f'timm-sharesnet/{NAME}', 'revision': 'a' * 40}
     (project / 'timm_sharesnet' / 'weights.json').write_text(json.dumps(pinned))
     monkeypatch.setenv('TIMM_SHARESNET_NAMESPACE', 'me')
-    assert run(build, [path, '--model', NAME], monkeypatch, capsys)[0] == 0
+    assert run('build', path, '--model', NAME)[0] == 0
     manifest[NAME]['sample']['wrong'] = [i for i in manifest[NAME]['sample']['wrong'] if i < 40]
     assert json.loads((project / 'hub' / 'manifest.json').read_text()) == manifest
     assert json.loads(pins(project)) == pinned
@@ -414,13 +383,13 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize('case', REFUSALS)
-def test_nothing_is_written_for(build, project, tmp_path, monkeypatch, capsys, case):
+def test_nothing_is_written_for(build, project, tmp_path, run, case):
     path, arguments, message = REFUSALS[case]
     (tmp_path / 'in').mkdir()
     path = path(tmp_path / 'in')
     before = snapshot(project)
-    code, out, err = run(build, [path, '--model', *arguments], monkeypatch, capsys)
-    assert code == 1 and out == ''
+    code, out, err = run('build', path, '--model', *arguments)
+    assert code == 2 and out == ''
     assert any(message in line for line in err) and all(line.startswith('build.py: ') for line in err)
     assert snapshot(project) == before
 
@@ -432,40 +401,36 @@ def test_nothing_is_written_for(build, project, tmp_path, monkeypatch, capsys, c
         ('args.yaml', 'shawrn40_4', 'wrn40_4', C10, 'args.yaml says wrn40_4, --model says shawrn40_4'),
     ],
 )
-def test_nothing_is_written_for_a_train_run_with(
-    build, project, train_run, monkeypatch, capsys, file, old, new, model, message
-):
+def test_nothing_is_written_for_a_train_run_with(build, project, train_run, run, file, old, new, model, message):
     path = train_run(0, 1)[0]
     edit(path / file, old, new)
     before = snapshot(project)
-    code, _, err = run(build, [path, '--model', model], monkeypatch, capsys)
-    assert code == 1 and len(err) == 1 and message in err[0]
+    code, _, err = run('build', path, '--model', model)
+    assert code == 2 and len(err) == 1 and message in err[0]
     assert snapshot(project) == before
 
 
-def test_imported_weights_must_be_tagged_so(build, project, tmp_path, monkeypatch, capsys):
+def test_imported_weights_must_be_tagged_so(build, project, tmp_path, run):
     (tmp_path / 'config.json').write_text('{"architecture": "sharesnet34", "pretrained_cfg": {"tag": "torch7_in1k"}}')
     shutil.copyfile(ROOT / 'hub' / NAME / 'model.safetensors', tmp_path / 'model.safetensors')
-    code, _, err = run(build, [tmp_path, '--model', 'sharesnet34.mine_in1k'], monkeypatch, capsys)
-    assert code == 1 and 'the tag must start with torch7_' in err[0]
-    code, _, err = run(build, [tmp_path, '--model', 'sharesnet50.torch7_in1k'], monkeypatch, capsys)
-    assert code == 1 and 'config.json says sharesnet34, --model says sharesnet50' in err[0]
+    code, _, err = run('build', tmp_path, '--model', 'sharesnet34.mine_in1k')
+    assert code == 2 and 'the tag must start with torch7_' in err[0]
+    code, _, err = run('build', tmp_path, '--model', 'sharesnet50.torch7_in1k')
+    assert code == 2 and 'config.json says sharesnet34, --model says sharesnet50' in err[0]
 
 
 @pytest.mark.parametrize('classes', [('a', 'b'), tuple('abcdefghij')])
-def test_images_of_other_classes_are_refused(build, project, tmp_path, monkeypatch, capsys, classes):
+def test_images_of_other_classes_are_refused(build, project, tmp_path, run, classes):
     for name in classes:
         (tmp_path / 'data' / 'test' / name).mkdir(parents=True)
         shutil.copyfile(ROOT / 'hub' / NAME / 'curves.png', tmp_path / 'data' / 'test' / name / 'x.png')
     weights = save(tmp_path / 'x.pth', {'fc.bias': torch.zeros(10)})
-    code, _, err = run(build, [weights, '--model', C10, '--data-dir', tmp_path / 'data'], monkeypatch, capsys)
-    assert code == 1 and ('has 2 classes' in err[0] or 'does not have the classes of CIFAR-10: a, b, c' in err[0])
+    code, _, err = run('build', weights, '--model', C10, '--data-dir', tmp_path / 'data')
+    assert code == 2 and ('has 2 classes' in err[0] or 'does not have the classes of CIFAR-10: a, b, c' in err[0])
 
 
 @pytest.mark.parametrize('split', ['test', 'train'])
-def test_an_image_that_cannot_be_read_is_named_and_no_other_taken_for_it(
-    build, project, data, tmp_path, monkeypatch, capsys, split
-):
+def test_an_image_that_cannot_be_read_is_named_and_no_other_taken_for_it(build, project, data, tmp_path, run, split):
     if split == 'train':
         shutil.copytree(data / 'test', data / 'train')
     path = sorted((data / split / 'cat').iterdir())[0]
@@ -473,16 +438,16 @@ def test_an_image_that_cannot_be_read_is_named_and_no_other_taken_for_it(
     weights = save(tmp_path / 'x.pth', constant_model('sharesnet164_cifar', 3).state_dict())
     before = snapshot(project)
     argv = [weights, '--model', 'sharesnet164_cifar.test_c10', '--data-dir', data]
-    code, _, err = run(build, argv, monkeypatch, capsys)
-    assert code == 1 and len(err) == 1 and err[0].startswith(f'build.py: {path} cannot be read: ')
+    code, _, err = run('build', *argv)
+    assert code == 2 and len(err) == 1 and err[0].startswith(f'build.py: {path} cannot be read: ')
     assert snapshot(project) == before
 
 
-def test_missing_matplotlib_is_told_before_anything_is_measured(build, project, monkeypatch, capsys):
+def test_missing_matplotlib_is_told_before_anything_is_measured(build, project, run, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     monkeypatch.setattr(build, 'build', None)
-    code, _, err = run(build, [project / 'hub' / NAME, '--model', NAME], monkeypatch, capsys)
-    assert (code, err) == (1, ['build.py: drawing the curves needs matplotlib: pip install matplotlib'])
+    code, _, err = run('build', project / 'hub' / NAME, '--model', NAME)
+    assert (code, err) == (2, ['build.py: drawing the curves needs matplotlib: pip install matplotlib'])
 
 
 # The net that was trained, which need not be the one of its name
@@ -541,13 +506,13 @@ TRAINED = {
 
 
 @pytest.mark.parametrize('case', TRAINED)
-def test_folder_loads_to_the_net_that_was_trained(build, project, train, other_onnx, monkeypatch, capsys, case):
+def test_folder_loads_to_the_net_that_was_trained(build, project, train, any_onnx, run, case):
     import check
 
     options, kwargs = TRAINED[case]
     source, model = train(options, **kwargs)
     path = project / 'hub' / SMALL
-    code, _, err = run(build, [source, '--model', SMALL], monkeypatch, capsys)
+    code, _, err = run('build', source, '--model', SMALL)
     assert (code, err) == (0, []) and error(path, model) == 0
     config, entry = json.loads((path / 'config.json').read_text()), manifest(project)[SMALL]
     assert config['model_args'] == {'in_chans': 3, 'global_pool': 'avg'} | kwargs and entry['model_args'] == kwargs
@@ -565,13 +530,11 @@ def test_folder_loads_to_the_net_that_was_trained(build, project, train, other_o
     assert f'(batch, {", ".join(map(str, size))})' in ' '.join(text.split())
 
     before = snapshot(project)
-    code, _, err = run(build, [path, '--model', SMALL], monkeypatch, capsys)
+    code, _, err = run('build', path, '--model', SMALL)
     assert (code, err) == (0, []) and snapshot(project) == before
 
 
-def test_figures_onnx_files_and_twin_are_of_the_net_that_was_trained(
-    build, project, train, no_memory, data, monkeypatch, capsys
-):
+def test_figures_onnx_files_and_twin_are_of_the_net_that_was_trained(build, project, train, no_memory, data, run):
     """It sees gray images, normalized as timm's loader does without other options: by the means of three colours'."""
     import check
 
@@ -583,7 +546,7 @@ def test_figures_onnx_files_and_twin_are_of_the_net_that_was_trained(
     }
     source, model = train(options, **kwargs)
     shutil.copytree(data / 'test', data / 'train')
-    assert run(build, [source, '--model', SMALL, '--data-dir', data], monkeypatch, capsys)[0] == 0
+    assert run('build', source, '--model', SMALL, '--data-dir', data)[0] == 0
     assert check.check(release(project / 'hub' / SMALL)) == []
     entry = manifest(project)[SMALL]
     files = entry['onnx']['files']
@@ -600,19 +563,17 @@ def test_figures_onnx_files_and_twin_are_of_the_net_that_was_trained(
     assert entry['accuracy']['top1'] == round(100 * right / 13, 4)
 
 
-def test_checkpoint_alone_is_built_with_the_options_that_it_holds(
-    build, project, train, other_onnx, tmp_path, monkeypatch, capsys
-):
+def test_checkpoint_alone_is_built_with_the_options_that_it_holds(build, project, train, any_onnx, run):
     options = {'model_kwargs': {'act_layer': 'silu', 'layers': (2, 3, 2)}, 'output': '/home/me/runs'}
     source, model = train(options, inside=True, act_layer='silu', layers=(2, 3, 2))
     path = project / 'hub' / SMALL
-    assert run(build, [source / 'last.pth.tar', '--model', SMALL], monkeypatch, capsys)[0] == 0
-    assert error(path, model) == 0 and yaml.safe_load((path / 'args.yaml').read_text())['output'] == 'runs'
+    assert run('build', source / 'last.pth.tar', '--model', SMALL)[0] == 0
+    assert error(path, model) == 0 and 'output' not in yaml.safe_load((path / 'args.yaml').read_text())
 
 
 @pytest.mark.parametrize('made_by', ['save_for_hf', 'share'])
 def test_arguments_and_preprocessing_of_a_config_beside_the_weights_are_kept(
-    build, project, train, other_onnx, tmp_path, monkeypatch, capsys, made_by
+    build, project, train, any_onnx, tmp_path, run, made_by
 ):
     from timm_sharesnet import share
 
@@ -625,12 +586,12 @@ def test_arguments_and_preprocessing_of_a_config_beside_the_weights_are_kept(
     model.pretrained_cfg |= {'mean': (0.5, 0.5, 0.5), 'input_size': (3, 48, 48)}
     timm.models.save_for_hf(model, str(tmp_path / 'saved'), model_args=args, safe_serialization=True)
     path = project / 'hub' / SMALL
-    assert run(build, [tmp_path / 'saved', '--model', SMALL], monkeypatch, capsys)[0] == 0
+    assert run('build', tmp_path / 'saved', '--model', SMALL)[0] == 0
     assert error(path, model) == 0
     cfg = json.loads((path / 'config.json').read_text())['pretrained_cfg']
     assert (cfg['mean'], cfg['input_size'], cfg['std']) == ([0.5] * 3, [3, 48, 48], [0.247, 0.2435, 0.2616])
     before = snapshot(project)
-    assert run(build, [path, '--model', SMALL], monkeypatch, capsys)[0] == 0 and snapshot(project) == before
+    assert run('build', path, '--model', SMALL)[0] == 0 and snapshot(project) == before
 
 
 # Options of train.py that no folder can carry, and what the error names
@@ -659,26 +620,26 @@ LOST = {
 
 
 @pytest.mark.parametrize('case', LOST)
-def test_nothing_is_written_for_a_net_trained_with(build, project, train, monkeypatch, capsys, case):
+def test_nothing_is_written_for_a_net_trained_with(build, project, train, run, case):
     options, message = LOST[case]
     source, _ = train(options, layers=(5, 3, 3), share_rate=0.5)
     if case in ('another rate', 'two stories'):
         args = {'layers': [5, 3, 3]} if case == 'another rate' else {'global_pool': 'avg'}
         (source / 'config.json').write_text(json.dumps({'model_args': args}))
     before = snapshot(project)
-    code, out, err = run(build, [source, '--model', SMALL], monkeypatch, capsys)
-    assert (code, out, len(err)) == (1, '', 1) and message in err[0]
+    code, out, err = run('build', source, '--model', SMALL)
+    assert (code, out, len(err)) == (2, '', 1) and message in err[0]
     assert snapshot(project) == before
 
 
 def test_weights_that_load_by_name_are_not_replaced_by_those_of_a_net_with_arguments(
-    build, project, train, other_onnx, monkeypatch, capsys
+    build, project, train, any_onnx, run
 ):
     source, _ = train({'gp': 'max'}, global_pool='max')
     before = snapshot(project)
-    code, _, err = run(build, [source, '--model', NAME], monkeypatch, capsys)
+    code, _, err = run('build', source, '--model', NAME)
     assert (
-        code == 1 and f'{NAME} is "packaged" in weights.json: loaded by name it lacks `global_pool=\'max\'`' in err[0]
+        code == 2 and f'{NAME} is "packaged" in weights.json: loaded by name it lacks `global_pool=\'max\'`' in err[0]
     )
     assert snapshot(project) == before
 
@@ -738,7 +699,7 @@ def fail_copy():
     raise OSError(28, 'No space left on device')
 
 
-def test_full_disk_at_the_copy_into_the_package_leaves_all_as_it_was(build, project, monkeypatch, capsys):
+def test_full_disk_at_the_copy_into_the_package_leaves_all_as_it_was(build, project, run, monkeypatch):
     write_bytes = Path.write_bytes
 
     def write(path, data):
@@ -750,23 +711,23 @@ def test_full_disk_at_the_copy_into_the_package_leaves_all_as_it_was(build, proj
     (project / 'timm_sharesnet' / 'weights' / f'{NAME}.safetensors').write_bytes(b'other')  # so that it is copied
     before = snapshot(project)
     monkeypatch.setattr(Path, 'write_bytes', write)
-    code, out, err = run(build, [project / 'hub' / NAME, '--model', NAME], monkeypatch, capsys)
-    assert (code, out) == (1, '') and 'No space left on device' in err[0]
+    code, out, err = run('build', project / 'hub' / NAME, '--model', NAME)
+    assert (code, out) == (2, '') and 'No space left on device' in err[0]
     assert snapshot(project) == before
 
 
-def test_two_builds_at_once_leave_the_entries_of_both(build, project, other_onnx, tmp_path, monkeypatch, capsys):
+def test_two_builds_at_once_leave_the_entries_of_both(build, project, any_onnx, tmp_path, run, monkeypatch):
     weights = save(tmp_path / 'x.pth', timm.create_model('sharesnet164_cifar').state_dict())
-    describe_model, codes = build.describe_model, []
+    build_onnx, codes = build.build_onnx, []
 
-    def meanwhile(model):
+    def meanwhile(*args):
         if not codes:
             codes.append(None)
-            codes[0] = run(build, [weights, '--model', 'sharesnet164_cifar.b_c10'], monkeypatch, capsys)[0]
-        return describe_model(model)
+            codes[0] = run('build', weights, '--model', 'sharesnet164_cifar.b_c10')[0]
+        return build_onnx(*args)
 
-    monkeypatch.setattr(build, 'describe_model', meanwhile)
-    assert run(build, [weights, '--model', 'sharesnet164_cifar.a_c10'], monkeypatch, capsys)[0] == 0 and codes == [0]
+    monkeypatch.setattr(build, 'build_onnx', meanwhile)
+    assert run('build', weights, '--model', 'sharesnet164_cifar.a_c10')[0] == 0 and codes == [0]
     names = {NAME, 'sharesnet164_cifar.a_c10', 'sharesnet164_cifar.b_c10'}
     assert manifest(project).keys() == json.loads(pins(project)).keys() == names
 
@@ -794,16 +755,15 @@ def test_manifests_are_written_by_one_process_at_a_time(build, project):
     assert order == ['first', 'second']
 
 
-def test_next_build_puts_back_what_a_killed_one_moved_aside(build, project, tmp_path, monkeypatch, capsys):
-    import check
+def test_next_build_puts_back_what_a_killed_one_moved_aside(build, project, tmp_path, run):
     import folder
 
     before = snapshot(project)
     path = project / 'hub' / NAME
     path.rename(folder.aside(path))  # killed before the new folder was there
-    assert f'.{NAME}.old is what a build left' in run(check, [], monkeypatch, capsys)[2][0]
-    assert run(build, [tmp_path / 'missing', '--model', NAME], monkeypatch, capsys)[0] == 1
+    assert f'.{NAME}.old is what a build left' in run('check')[2][0]
+    assert run('build', tmp_path / 'missing', '--model', NAME)[0] == 2
     assert snapshot(project) == before
     shutil.copytree(path, folder.aside(path))  # killed when the new folder was there
-    run(build, [tmp_path / 'missing', '--model', NAME], monkeypatch, capsys)
+    run('build', tmp_path / 'missing', '--model', NAME)
     assert snapshot(project) == before

@@ -10,18 +10,12 @@ from collections import Counter
 import pytest
 import torch
 import yaml
-from hub_project import NAME, ROOT, copy_project, edit, flip_last_byte, release, run, snapshot, use
+from hub_project import NAME, ROOT, edit, flip_last_byte, read_manifest, release, snapshot
 from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
-def project(tmp_path):
-    return copy_project(tmp_path / 'project')
-
-
-@pytest.fixture
-def check(project, monkeypatch):
-    use(project, monkeypatch)
+def check(scripts):
     import check
 
     return check
@@ -57,10 +51,10 @@ def test_folders_of_the_project_pass_on_a_plain_install():
     assert f'{NAME}: ok\n' in result.stdout
 
 
-def test_missing_onnx_runtime_is_told_before_anything_is_verified(check, path, monkeypatch, capsys):
+def test_missing_onnx_runtime_is_told_before_anything_is_verified(check, path, run, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     error = "check.py: onnxruntime is not installed: pip install 'timm-sharesnet[onnx]'"
-    assert run(check, [path], monkeypatch, capsys) == (1, '', [error])
+    assert run('check', path) == (2, '', [error])
 
 
 def test_tracked_weights_stay_under_80_mb():
@@ -102,8 +96,8 @@ DAMAGE = {
     ),
     'no provenance': (lambda p: (p / 'training.json').unlink(), 'it does not tell how the weights came about'),
     'a path': (
-        damage_json('training.json', lambda d: d.update(output='/home/me/runs/last.pth')),
-        'training.json has paths or URLs that are not cut',
+        damage_json('training.json', lambda d: d.update(how='/home/me/runs/last.pth')),
+        'training.json: how is not in plain words',
     ),
     'broken provenance': (lambda p: (p / 'training.json').write_text('{'), 'training.json cannot be read'),
     'no curves': (lambda p: (p / 'curves.png').unlink(), 'curves.png is missing'),
@@ -138,7 +132,7 @@ DAMAGE = {
     ),
     'arguments in the card': (
         lambda p: edit(p / 'README.md', '| Parameters |', '| Arguments (`model_args`) | `x=1` |\n| Parameters |'),
-        'README.md has a row too many: | Arguments (`model_args`) | `x=1` |',
+        'README.md: line 55 is not one that build.py writes',
     ),
     'another hash': (damage_json('config.json', lambda d: d.update(sha256='0')), "config.json has sha256 '0' instead"),
     'a source': (
@@ -148,37 +142,37 @@ DAMAGE = {
     'broken config': (lambda p: (p / 'config.json').write_text('{'), 'config.json is not valid'),
     'accuracy in the card': (
         lambda p: edit(p / 'README.md', '| **this model** | 94.31 %', '| **this model** | 95.31 %'),
-        'README.md does not have the row: | **this model** | 94.31 % |',
+        'README.md does not have the line: | **this model** | 94.31 % |',
     ),
     'accuracy in the metadata': (
         lambda p: edit(p / 'README.md', 'value: 0.9431', 'value: 0.9531'),
-        'the model-index has the accuracies [95.31, 99.88], the manifest [94.31, 99.88]',
+        'README.md does not have the line:       value: 0.9431',
     ),
     'parameters in the card': (
         lambda p: edit(p / 'README.md', '| Parameters | 929,114', '| Parameters | 829,114'),
-        'README.md does not have the row: | Parameters | 929,114',
+        'README.md does not have the line: | Parameters | 929,114',
     ),
     "the twin's accuracy": (
         lambda p: edit(p / 'README.md', 'same recipe | not measured', 'same recipe | 94.50 %'),
-        'README.md does not have the row: | its unshared twin `resnet164_cifar`, same recipe | not measured',
+        'README.md does not have the line: | its unshared twin `resnet164_cifar`, same recipe | not measured',
     ),
     'license': (
         lambda p: edit(p / 'README.md', 'license: apache-2.0', 'license: mit'),
-        'README.md: license of the metadata is mit instead of apache-2.0',
+        'README.md does not have the line: license: apache-2.0',
     ),
     'a second row for the accuracy': (
         lambda p: edit(
             p / 'README.md', '| **this model** |', '| **this model** | 99.31 % | - |  |\n| **this model** |'
         ),
-        'README.md has a row too many: | **this model** | 99.31 % ',
+        'README.md: line 70 is not one that build.py writes',
     ),
     'another data set in the metadata': (
         lambda p: edit(p / 'README.md', 'type: uoft-cs/cifar10', 'type: uoft-cs/cifar100'),
-        'README.md: model-index of the metadata is ',
+        'README.md does not have the line:       type: uoft-cs/cifar10',
     ),
     'an addition to the metadata': (
         lambda p: edit(p / 'README.md', 'license: apache-2.0', 'license: apache-2.0\nbase_model: foo/bar'),
-        'README.md: base_model of the metadata is foo/bar instead of None',
+        'README.md: line 6 is not one that build.py writes',
     ),
     'another seed': (
         damage_json('training.json', lambda d: d.update(seed=7)),
@@ -186,7 +180,7 @@ DAMAGE = {
     ),
     'broken metadata': (
         lambda p: edit(p / 'README.md', 'license: apache-2.0', 'license: ['),
-        'README.md: the metadata is not valid',
+        'README.md does not have the line: license: apache-2.0',
     ),
     'no entry': (
         lambda p: (p.parent / 'manifest.json').write_text('{}'),
@@ -242,15 +236,15 @@ DAMAGE = {
     ),
     'accuracy of int8 in the card': (
         lambda p: edit(p / 'README.md', '| 94.37 % | 7 |', '| 94.97 % | 7 |'),
-        'README.md does not have the row: | `onnx/model_quantized.onnx` | ',
+        'README.md does not have the line: | `onnx/model_quantized.onnx` | ',
     ),
     "the size of the twin's file in the card": (
         lambda p: edit(p / 'README.md', "its unshared twin's, fp32 | 6", "its unshared twin's, fp32 | 9"),
-        "README.md does not have the row: | its unshared twin's, fp32 | 6",
+        "README.md does not have the line: | its unshared twin's, fp32 | 6",
     ),
     'a file that the manifest does not have in the card': (
         lambda p: edit(p / 'README.md', '| `onnx/model.onnx` |', '| `onnx/model_fp16.onnx` |'),
-        'README.md has a row too many: | `onnx/model_fp16.onnx` |',
+        'README.md does not have the line: | `onnx/model.onnx` |',
     ),
     'half an ONNX entry': (
         damage_onnx(lambda d: d['files']['model.onnx'].pop('kernels')),
@@ -274,12 +268,12 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize('case', DAMAGE)
-def test_damage_is_named(check, unloaded, project, path, monkeypatch, capsys, case):
+def test_damage_is_named(check, unloaded, project, path, run, case):
     damage, message = DAMAGE[case]
     damage(path)
     before = snapshot(project)
-    code, _, err = run(check, [path], monkeypatch, capsys)
-    assert code == 1
+    code, _, err = run('check', path)
+    assert code == 2
     assert any(line.startswith(f'check.py: {NAME}: {message}') or message in line for line in err), err
     assert snapshot(project) == before
 
@@ -291,7 +285,10 @@ def test_damage_is_named(check, unloaded, project, path, monkeypatch, capsys, ca
         'extra': (lambda t: t.update(x=torch.zeros(1)), 'x is not part of the model'),
         'shape': (lambda t: t.update({'fc.bias': torch.zeros(9)}), 'fc.bias has shape (9,) instead of (10,)'),
         'value': (lambda t: t['fc.bias'].fill_(torch.nan), 'fc.bias has values that are not finite'),
-        'type': (lambda t: t.update({'fc.bias': torch.zeros(10).bfloat16()}), 'fc.bias is torch.bfloat16'),
+        'type': (
+            lambda t: t.update({'fc.bias': torch.zeros(10).bfloat16()}),
+            'model.safetensors is bfloat16 and float32, the manifest says float32',
+        ),
     }.values(),
 )
 def test_wrong_tensors_are_named(check, path, damage, message):
@@ -302,7 +299,7 @@ def test_wrong_tensors_are_named(check, path, damage, message):
 
 
 def test_wrong_figures_and_preprocessing_are_named(check, path, monkeypatch):
-    recorded = json.loads((path.parent / 'manifest.json').read_text())[NAME]['sample']['wrong']
+    recorded = read_manifest(path.parent)['sample']['wrong']
     monkeypatch.setattr('folder.wrong_in_sample', lambda *_: recorded)  # slow; the whole is run above
     assert check.model_faults(release(path)) == []
     damage_json('../manifest.json', lambda d: d[NAME].update(parameters=1, gmacs=9.9, dtype='float16'))(path)
@@ -381,7 +378,7 @@ def change_bias(graph):
 )
 def test_onnx_file_that_is_not_the_net_s_is_named(check, path, monkeypatch, damage, message):
     """Whatever the manifest says of its bytes."""
-    recorded = json.loads((path.parent / 'manifest.json').read_text())[NAME]['onnx']
+    recorded = read_manifest(path.parent)['onnx']
     wrong = recorded['files']['model_quantized.onnx']['sample']['wrong']
     monkeypatch.setattr('folder.wrong_in_sample', lambda *_: wrong)  # slow; the whole is run above
     damage(path / 'onnx' / 'model.onnx')
@@ -422,33 +419,33 @@ def test_sample_has_1000_images_evenly_of_all_classes(check, dataset):
     assert len(set(dataset.names())) == dataset.classes
 
 
-def test_folder_may_lie_anywhere(check, unloaded, path, tmp_path, monkeypatch, capsys):
+def test_folder_may_lie_anywhere(check, unloaded, path, tmp_path, run, monkeypatch):
     shutil.move(path, tmp_path / NAME)
     monkeypatch.chdir(tmp_path)
     for argument in (NAME, tmp_path / NAME, f'./{NAME}/'):
-        assert run(check, [argument], monkeypatch, capsys) == (0, f'{NAME}: ok\n', [])
-    assert 'no folder' in run(check, ['wrn28_4.x_c10'], monkeypatch, capsys)[2][0]
-    assert 'is not ARCH.TAG' in run(check, [tmp_path], monkeypatch, capsys)[2][0]
+        assert run('check', argument) == (0, f'{NAME}: ok\n', [])
+    assert 'no folder' in run('check', 'wrn28_4.x_c10')[2][0]
+    assert 'is not ARCH.TAG' in run('check', tmp_path)[2][0]
 
 
-def test_untracked_weights_need_not_be_there(check, path, monkeypatch, capsys):
+def test_untracked_weights_need_not_be_there(check, path, run):
     (path / 'model.safetensors').unlink()
     with (path.parent / '.gitignore').open('a') as file:
         file.write(f'/{NAME}/model.safetensors\n')
-    assert run(check, [], monkeypatch, capsys) == (0, f'{NAME}: ok, model.safetensors not here\n', [])
+    assert run('check') == (0, f'{NAME}: ok, model.safetensors not here\n', [])
     edit(path / 'README.md', '94.31 %', '94.32 %')  # the rest is verified all the same
-    assert run(check, [], monkeypatch, capsys)[0] == 1
+    assert run('check')[0] == 2
 
 
-def test_what_the_folders_have_in_common_is_verified(check, unloaded, project, path, monkeypatch, capsys):
+def test_what_the_folders_have_in_common_is_verified(check, unloaded, project, path, run, monkeypatch):
     flip_last_byte(project / 'timm_sharesnet' / 'weights' / f'{NAME}.safetensors')
     (project / 'timm_sharesnet' / 'weights' / 'x.safetensors').touch()
     (project / 'hub' / 'wrn28_4.x_c10').mkdir()
     monkeypatch.setattr('catalog.TRACKED_BYTES', 7e6)
     files = [path / 'model.safetensors', *(path / 'onnx').iterdir()]
     total = sum(file.stat().st_size for file in [files[0], *files])  # the weights are there twice
-    code, _, err = run(check, [], monkeypatch, capsys)
-    assert code == 1
+    code, _, err = run('check')
+    assert code == 2
     assert err == [
         f'check.py: the tracked weights have {total:,} bytes, 7,000,000 are the limit',
         f'check.py: {NAME}.safetensors in the package does not have the SHA-256 of weights.json',

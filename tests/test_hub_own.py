@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_project import ROOT, copy_project, run, save, skip_memory, snapshot, use, use_any_onnx, use_small_net
+from hub_project import ROOT, save, snapshot, use_small_net
 from PIL import Image
 from transformers import pipeline
 
@@ -20,14 +20,8 @@ FACTS = ['--dataset-name', 'Mes oiseaux', '--dataset-id', 'me/oiseaux', '--datas
 
 
 @pytest.fixture
-def project(tmp_path):
-    return copy_project(tmp_path / 'project')
-
-
-@pytest.fixture
-def own(project, tmp_path, monkeypatch):
+def own(scripts, tmp_path, monkeypatch):
     """The directory of people's own, which is not there yet. The working directory is none of the project's."""
-    use(project, monkeypatch)
     monkeypatch.chdir(tmp_path)
     return tmp_path / 'à moi' / 'hub'
 
@@ -65,16 +59,13 @@ def train_run(own, tmp_path, monkeypatch):
 
 
 def test_net_of_own_data_becomes_a_folder_that_all_load(
-    project, own, arguments, train_run, data, tmp_path, monkeypatch, capsys
+    project, own, arguments, train_run, data, tmp_path, run, monkeypatch, capsys
 ):
     """build, check, timm, transformers, its snippets, and build again; nothing of ours is touched."""
-    import build
-    import check
 
-    skip_memory(monkeypatch)
     ours = files_of(project)
     argv = [train_run, *arguments, '--data-dir', data, *FACTS, '--license', 'mit', '--base-model', 'me/before']
-    code, out, err = run(build, argv, monkeypatch, capsys)
+    code, out, err = run('build', *argv)
     assert (code, err) == (0, []) and out.startswith('à moi/hub/sharesnet164_cifar.oiseaux: ')
     assert files_of(project) == ours
     path = own / TAG
@@ -98,7 +89,7 @@ def test_net_of_own_data_becomes_a_folder_that_all_load(
     assert config['label_names'] == CLASSES and config['num_classes'] == 3
     assert config['pretrained_cfg']['input_size'] == [3, 48, 48] and config['pretrained_cfg']['mean'] == [0.5] * 3
 
-    assert run(check, ['--output', own], monkeypatch, capsys) == (0, f'{TAG}: ok\n', [])
+    assert run('check', '--output', own) == (0, f'{TAG}: ok\n', [])
     model = timm.create_model(f'local-dir:{path}', pretrained=True).eval()
     assert model.pretrained_cfg['label_names'] == CLASSES and model.num_classes == 3
     image = next((data / 'val' / CLASSES[2]).iterdir())
@@ -114,16 +105,16 @@ def test_net_of_own_data_becomes_a_folder_that_all_load(
 
     # again, with nothing but its name: what was told is kept
     before = files_of(own)
-    assert run(build, [path, *arguments], monkeypatch, capsys)[0] == 0
+    assert run('build', path, *arguments)[0] == 0
     assert files_of(own) == before
     # other facts, and none
     argv = [path, *arguments, '--dataset-license', '', '--base-model', '', '--new-version', 'me/after']
-    assert run(build, argv, monkeypatch, capsys)[0] == 0
+    assert run('build', *argv)[0] == 0
     text = (path / 'README.md').read_text()
     metadata = yaml.safe_load(text.split('---\n')[1])
     assert '| Task | image classification, [Mes oiseaux](https://huggingface.co/datasets/me/oiseaux), 3 cl' in text
     assert metadata['new_version'] == 'me/after' and 'base_model' not in metadata and metadata['license'] == 'mit'
-    assert run(check, [path, '--output', own], monkeypatch, capsys)[0] == 0
+    assert run('check', path, '--output', own)[0] == 0
     assert files_of(project) == ours
 
 
@@ -135,25 +126,17 @@ def snippets(text):
     return re.findall(r'```python\n(.*?)\n```', text, re.S)
 
 
-@pytest.fixture
-def no_onnx(own, monkeypatch):
-    use_any_onnx(monkeypatch)
-
-
-def test_without_data_the_names_come_from_a_file_or_are_numbers(
-    own, arguments, train_run, no_onnx, tmp_path, monkeypatch, capsys
-):
-    import build
+def test_without_data_the_names_come_from_a_file_or_are_numbers(own, arguments, train_run, any_onnx, tmp_path, run):
 
     argv = [train_run, *arguments, '--dataset-name', 'Oiseaux | pies']
-    assert run(build, argv, monkeypatch, capsys)[0] == 0
+    assert run('build', *argv)[0] == 0
     text = (own / TAG / 'README.md').read_text()
     assert '| Task | image classification, Oiseaux \\| pies, 3 classes |' in text
     assert 'No licence is stated for the weights' in text and 'license' not in text.split('---\n')[1]
     assert json.loads((own / TAG / 'config.json').read_text())['label_names'] == ['0', '1', '2']
     (tmp_path / 'classes.txt').write_text('\n'.join(CLASSES) + '\n', encoding='utf-8')
     argv = [own / TAG, *arguments, '--class-names', tmp_path / 'classes.txt']
-    assert run(build, argv, monkeypatch, capsys)[0] == 0
+    assert run('build', *argv)[0] == 0
     assert json.loads((own / TAG / 'config.json').read_text())['label_names'] == CLASSES
 
 
@@ -176,8 +159,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize('case', REFUSALS)
-def test_nothing_is_written_where(case, project, own, arguments, train_run, data, tmp_path, monkeypatch, capsys):
-    import build
+def test_nothing_is_written_where(case, project, own, arguments, train_run, data, tmp_path, run, monkeypatch):
     import catalog
 
     if case == 'our directory':
@@ -187,29 +169,27 @@ def test_nothing_is_written_where(case, project, own, arguments, train_run, data
     extra, message = REFUSALS[case]
     before = snapshot(project)
     argv = [train_run, *arguments, *(data if argument == 'DATA' else argument for argument in extra)]
-    code, out, err = run(build, argv, monkeypatch, capsys)
-    assert (code, out, len(err)) == (1, '', 1) and message in err[0]
+    code, out, err = run('build', *argv)
+    assert (code, out, len(err)) == (2, '', 1) and message in err[0]
     assert not own.exists() and snapshot(project) == before
 
 
-def test_options_of_own_data_are_refused_for_folders_of_ours(own, train_run, monkeypatch, capsys):
-    import build
+def test_options_of_own_data_are_refused_for_folders_of_ours(own, train_run, run):
 
     for extra in (FACTS, ['--license', 'mit'], ['--class-names', 'x']):
         argv = [train_run, '--model', 'sharesnet164_cifar.x_c10', *extra]
-        code, _, err = run(build, argv, monkeypatch, capsys)
-        assert code == 1 and 'give --output DIR, too' in err[0]
-    code, _, err = run(build, [train_run, '--model', 'sharesnet164_cifar.x'], monkeypatch, capsys)
-    assert code == 1 and 'a net trained on other data is published from a directory of your own' in err[0]
+        code, _, err = run('build', *argv)
+        assert code == 2 and 'give --output DIR, too' in err[0]
+    code, _, err = run('build', train_run, '--model', 'sharesnet164_cifar.x')
+    assert code == 2 and 'a net trained on other data is published from a directory of your own' in err[0]
 
 
-def test_net_of_a_known_data_set_may_be_one_s_own(own, arguments, no_onnx, monkeypatch, capsys):
+def test_net_of_a_known_data_set_may_be_one_s_own(own, arguments, any_onnx, run, monkeypatch):
     """With the sample, the paper's figures and the names of the classes, as of ours."""
-    import build
 
     model = use_small_net(monkeypatch)
     weights = save(own.parent.parent / 'x.pth', model.state_dict())
     argv = [weights, '--model', 'sharesnet164_cifar.mine_c10', *arguments[2:]]
-    assert run(build, argv, monkeypatch, capsys)[0] == 0
+    assert run('build', *argv)[0] == 0
     text = (own / 'sharesnet164_cifar.mine_c10' / 'README.md').read_text()
     assert 'the paper, Table 2' in text and 'uoft-cs/cifar10' in text and 'apache-2.0' not in text

@@ -6,7 +6,7 @@ import models
 import pytest
 import timm
 import torch
-from hub_project import NAME, ROOT, copy_project, release, use, use_small_net
+from hub_project import NAME, ROOT, release, use_small_net
 from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
@@ -17,11 +17,6 @@ TORCH7 = Path(__file__).parent / 'data' / 'torch7'
 def image():
     with Image.open(ROOT / 'tests' / 'data' / 'cifar10_test_1000.webp') as sheet:
         return sheet.convert('RGB').crop((0, 0, 32, 32))
-
-
-@pytest.fixture
-def scripts(tmp_path, monkeypatch):
-    use(copy_project(tmp_path / 'project'), monkeypatch)
 
 
 def classify(path, image):
@@ -45,18 +40,23 @@ def test_imported_net_of_another_architecture_than_the_default(scripts, image, t
     import import_torch7
 
     argv = [TORCH7 / 'preact-29-c10.t7.gz', '--model', 'sharesnet164_cifar', '--output', tmp_path / 'new']
-    assert import_torch7.main([*map(str, argv), '--model-kwargs', 'layers=3,3,3']) is None
+    assert import_torch7.main([*map(str, argv), '--model-kwargs', 'layers=3,3,3']) == 0
     assert classify(tmp_path / 'new', image).startswith('LABEL_')  # nobody told the names
 
 
-def test_built_net_with_arguments(scripts, tmp_path, monkeypatch):
+def build_folder(path, model, **known):
     import build
 
+    what = release(path)._replace(**known)
+    return build.build(path, what, build.make_model(what, {}, {}), {'weights': model.state_dict()}, None)
+
+
+def test_built_net_with_arguments(scripts, tmp_path):
     args = {'act_layer': 'silu', 'global_pool': 'max', 'in_chans': 1, 'share_rate': 0.5, 'layers': [5, 3, 3]}
     path = tmp_path / 'sharesnet164_cifar.silu_c10'
     path.mkdir()
     model = models.create('sharesnet164_cifar', **args)
-    build.build(path, release(path)._replace(model_args=args), {'weights': model.state_dict()}, None)
+    build_folder(path, model, model_args=args)
     theirs = AutoModelForImageClassification.from_pretrained(path).eval()
     images = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_built_net_in_fp16(scripts, tmp_path, monkeypatch):
     model = use_small_net(monkeypatch)
     path = tmp_path / 'sharesnet164_cifar.half_c10'
     path.mkdir()
-    assert build.build(path, release(path), {'weights': model.state_dict()}, None)['dtype'] == 'float16'
+    assert build_folder(path, model)['dtype'] == 'float16'
     theirs = AutoModelForImageClassification.from_pretrained(path, dtype=torch.float32).eval()
     ours = timm.create_model(f'local-dir:{path}', pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32)
