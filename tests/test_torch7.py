@@ -31,6 +31,7 @@ from models import create
 from torch7_writer import Module, Raw, Storage, Tensor, serialize, tree, write
 
 from timm_sharesnet import load_torch7, torch7
+from timm_sharesnet.cli import CommandError
 
 DATA = Path(__file__).parent / 'data' / 'torch7'
 ORACLE = Path(os.environ.get('SHARESNET_SHARED', 'not-set')) / 'oracle'
@@ -996,7 +997,11 @@ spec.loader.exec_module(script)
 
 def main(*args: Any) -> Any:
     """The script's error message, None after success."""
-    return script.main([str(arg) for arg in args])
+    try:
+        script.main.__wrapped__([str(arg) for arg in args])
+    except (CommandError, OSError) as e:
+        return str(e)
+    return None
 
 
 def test_command_writes_what_timm_loads(tmp_path: Path, capsys: Any) -> None:
@@ -1062,8 +1067,8 @@ def test_command_replaces_an_older_import(tmp_path: Path) -> None:
         ([DATA / 'preact-29-c10.t7.gz', '--model', 'sharesnet50'], 'conv1: expected'),
         ([DATA / 'preact-29-c10.t7.gz', '--model', 'nonsense'], 'nonsense is no model of timm_sharesnet'),
         ([__file__, '--model', 'sharesnet34'], 'is no Torch7 model'),
-        ([DATA / 'preact-29-c10.t7.gz', '--model', 'shawrn40_4', '--model-kwargs', 'layers'], 'expected key=value'),
-        ([DATA / 'preact-29-c10.t7.gz', '--model', 'shawrn40_4', '--model-kwargs', 'layers=(3'], 'cannot be built'),
+        ([DATA / 'preact-29-c10.t7.gz', '--model', 'shawrn40_4', '--model-kwargs', 'layers'], 'must be KEY=VALUE'),
+        ([DATA / 'preact-29-c10.t7.gz', '--model', 'shawrn40_4', '--model-kwargs', 'layers=(3'], 'must be KEY=VALUE'),
         ([DATA / 'preact-29-c10.t7.gz', '--model', 'shawrn40_4', '--model-kwargs', 'a=1'], 'cannot be built'),
     ],
 )
@@ -1075,13 +1080,12 @@ def test_command_refuses_in_one_line_and_writes_nothing(args: Any, complaint: st
 
 
 def test_command_keeps_an_older_import_if_it_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def no_space(model: nn.Module, folder: str, **kwargs: Any) -> None:
-        Path(folder).mkdir()
-        (Path(folder) / 'model.safetensors').write_text('half of it')
+    def no_space(tensors: Any, file: Path, **kwargs: Any) -> None:
+        file.write_text('half of it')
         raise OSError('No space left on device')
 
     (tmp_path / 'model.safetensors').write_text('old')
-    monkeypatch.setattr(script, 'save_for_hf', no_space)
+    monkeypatch.setattr('safetensors.torch.save_file', no_space)
     args = ('--model', 'sharesnet164_cifar', '--model-kwargs', 'layers=3,3,3', '--output')
     assert 'No space left' in main(DATA / 'preact-29-c10.t7.gz', *args, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ['model.safetensors']
@@ -1098,9 +1102,9 @@ def test_command_does_not_write_over_a_file(tmp_path: Path) -> None:
     assert main(DATA / 'preact-29-c10.t7.gz', *args, tmp_path / 'out' / 'below')
 
 
-def test_command_exits_with_1_and_one_line_on_stderr(tmp_path: Path) -> None:
+def test_command_exits_with_2_and_one_line_on_stderr(tmp_path: Path) -> None:
     args = [SCRIPT, DATA / 'preact-29-c10.t7.gz', '--model', 'sharesnet164_cifar', '--output', tmp_path / 'out']
     run = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True)
-    assert run.returncode == 1 and run.stdout == ''
-    assert re.fullmatch(r'import_torch7.py: error: .* layer1: expected 18 blocks, found 3\n', run.stderr)
+    assert run.returncode == 2 and run.stdout == ''
+    assert re.fullmatch(r'import_torch7.py: .* layer1: expected 18 blocks, found 3\n', run.stderr)
     assert not (tmp_path / 'out').exists()
