@@ -282,7 +282,7 @@ def test_trusted_publisher_needs_a_newer_huggingface_hub(monkeypatch):
 
     monkeypatch.setattr('huggingface_hub.__version__', '1.18.9')
     monkeypatch.setenv('HF_OIDC_RESOURCE', REPO)
-    with pytest.raises(publish.Fault, match=r'needs huggingface-hub 1\.19, found 1\.18\.9: pip install -U'):
+    with pytest.raises(publish.CommandError, match=r'needs huggingface-hub 1\.19, found 1\.18\.9: pip install -U'):
         publish.log_in('timm-sharesnet')
     monkeypatch.setattr('huggingface_hub.__version__', '1.19.0')
     monkeypatch.setattr(publish, 'get_token', lambda: 'hf_oidc')
