@@ -198,11 +198,7 @@ def push(api, release, namespace):
         raise
     if info.private:
         with step(f'commit {oid} is there and verified; making it public'):
-            error = None
-            try:
-                api.update_repo_settings(repo_id, private=False)
-            except Exception as e:
-                error = e  # it may have been done, and only the answer was lost
+            error = attempt(api.update_repo_settings, repo_id, private=False)
             if api.model_info(repo_id).private:
                 raise error or CommandError(f'commit {oid} is verified, but the Hub still shows it as private')
     print(f'{repo_id}: {"unchanged, " if oid == info.sha else ""}verified and public at commit {oid}')
@@ -224,15 +220,20 @@ def find(api, repo_id):
 def create(api, repo_id):
     """Make a private repository."""
     with step('making the repository'):
-        error = None
-        try:
-            api.create_repo(repo_id, private=True)
-        except Exception as e:
-            error = e  # it may have been made, and only the answer was lost
+        error = attempt(api.create_repo, repo_id, private=True)
         info = find(api, repo_id)
         if info is None:
             raise error or CommandError('the Hub does not show the new repository yet: run this again')
         return info
+
+
+def attempt(request, *args, **kwargs):
+    """The error of a request, if any: it may have been done all the same, and only the answer was lost."""
+    try:
+        request(*args, **kwargs)
+    except Exception as e:
+        return e
+    return None
 
 
 def commit(api, info, path):

@@ -31,7 +31,6 @@ GITATTRIBUTES = b''.join(
     b'*.%s filter=lfs diff=lfs merge=lfs -text\n' % ending for ending in (b'bin', b'onnx', b'safetensors')
 )
 LICENSES = {'apache-2.0', 'mit', 'bsd-3-clause', 'cc-by-4.0', 'gpl-3.0', 'other', 'unknown'}
-DATE = '2024-01-01T00:00:00.000Z'
 
 
 class Failure(enum.Enum):
@@ -89,14 +88,13 @@ class Blob:
 class Repo:
     private: bool
     commits: list  # of Commit, oldest first
-    tags: dict = field(default_factory=dict)  # name -> commit
 
     @property
     def head(self):
         return self.commits[-1]
 
     def commit(self, revision):
-        oid = {'main': self.head.oid, 'HEAD': self.head.oid, **self.tags}.get(revision, revision)
+        oid = {'main': self.head.oid, 'HEAD': self.head.oid}.get(revision, revision)
         return next((c for c in self.commits if c.oid == oid), None)
 
 
@@ -229,12 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
         ('POST', r'/api/models/(?P<id>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)', 'preupload'),
         ('POST', r'/api/models/(?P<id>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)', 'commit'),
         ('POST', r'/api/models/(?P<id>[^/]+/[^/]+)/paths-info/(?P<rev>[^/]+)', 'paths_info'),
-        ('POST', r'/api/models/(?P<id>[^/]+/[^/]+)/tag/(?P<rev>[^/]+)', 'tag'),
         ('PUT', r'/api/models/(?P<id>[^/]+/[^/]+)/settings', 'settings'),
-        ('GET', r'/api/models/(?P<id>[^/]+/[^/]+)/auth-check(?P<write>/write)?', 'auth_check'),
         ('GET', r'/api/models/(?P<id>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)(/(?P<path>.+))?', 'tree'),
-        ('GET', r'/api/models/(?P<id>[^/]+/[^/]+)/refs', 'refs'),
-        ('GET', r'/api/models/(?P<id>[^/]+/[^/]+)/commits/(?P<rev>[^/]+)', 'commits'),
         ('GET', r'/api/models/(?P<id>[^/]+/[^/]+)(/revision/(?P<rev>[^/]+))?', 'model_info'),
         ('POST', r'/(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch', 'lfs_batch'),
         ('POST', r'/(?P<id>[^/]+/[^/]+)\.git/info/lfs/verify', 'lfs_verify'),
@@ -381,10 +375,6 @@ class _Handler(BaseHTTPRequestHandler):
             repo.private = body.get('private', body.get('visibility') == 'private')
         return 200, {}, {'private': repo.private}
 
-    def auth_check(self, _, id, write=None):
-        self.repo(id, write=bool(write))
-        return 200, {}, {}
-
     def whoami(self, _):
         user = self.user()
         if not user:
@@ -463,25 +453,6 @@ class _Handler(BaseHTTPRequestHandler):
     def paths_info(self, body, id, rev):
         commit = self.revision(self.repo(id), rev)
         return 200, {}, [self.entry(p, b) for p, b in commit.files.items() if p in body['paths']]
-
-    def tag(self, body, id, rev):
-        repo = self.repo(id, write=True)
-        if body['tag'] in repo.tags:
-            raise Refusal(409, 'Tag reference exists already')
-        repo.tags[body['tag']] = self.revision(repo, rev).oid
-        return 200, {}, {}
-
-    def refs(self, _, id):
-        repo = self.repo(id)
-        branches = [{'name': 'main', 'ref': 'refs/heads/main', 'targetCommit': repo.head.oid}]
-        tags = [{'name': n, 'ref': f'refs/tags/{n}', 'targetCommit': oid} for n, oid in repo.tags.items()]
-        return 200, {}, {'branches': branches, 'tags': tags, 'converts': []}
-
-    def commits(self, _, id, rev):
-        repo = self.repo(id)
-        history = repo.commits[: repo.commits.index(self.revision(repo, rev)) + 1]
-        fields = {'message': '', 'authors': [], 'date': DATE}
-        return 200, {}, [{'id': c.oid, 'title': c.title, **fields} for c in reversed(history)]
 
     # Files
 

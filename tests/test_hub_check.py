@@ -132,7 +132,7 @@ DAMAGE = {
     ),
     'arguments in the card': (
         lambda p: edit(p / 'README.md', '| Parameters |', '| Arguments (`model_args`) | `x=1` |\n| Parameters |'),
-        'README.md: line 55 is not one that build.py writes',
+        'README.md: line 54 is not one that build.py writes',
     ),
     'another hash': (damage_json('config.json', lambda d: d.update(sha256='0')), "config.json has sha256 '0' instead"),
     'a source': (
@@ -164,7 +164,7 @@ DAMAGE = {
         lambda p: edit(
             p / 'README.md', '| **this model** |', '| **this model** | 99.31 % | - |  |\n| **this model** |'
         ),
-        'README.md: line 70 is not one that build.py writes',
+        'README.md: line 69 is not one that build.py writes',
     ),
     'another data set in the metadata': (
         lambda p: edit(p / 'README.md', 'type: uoft-cs/cifar10', 'type: uoft-cs/cifar100'),
