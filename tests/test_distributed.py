@@ -5,7 +5,6 @@ on the CPU) are started once and compute all cases.
 """
 
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Callable, Dict
 
 import pytest
@@ -85,7 +84,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope='module')
-def results(tmp_path_factory: Any) -> Path:
+def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp('distributed')
     mp.spawn(worker, (str(folder),), nprocs=2)
     return folder
@@ -99,7 +98,7 @@ def averaged_gradients(kind: str) -> Dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize('wrapper', WRAPPERS)
 @pytest.mark.parametrize('kind', [*SMALL, *RUNS])
-def test_both_ranks_have_the_gradients_of_one_process(kind: str, wrapper: str, results: Path) -> None:
+def test_both_ranks_have_the_gradients_of_one_process(kind, wrapper, results):
     if wrapper.startswith('fsdp') and FSDP_NEEDS_A_GPU:
         pytest.skip('FSDP2 of torch 2.6 does not run on a CPU')
     for rank in 0, 1:

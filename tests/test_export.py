@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
 import onnx
 import pytest
@@ -54,7 +54,7 @@ def uses(model: nn.Module) -> int:
 
 
 @kinds
-def test_optimised_net_that_is_folded_holds_each_shared_kernel_once(kind: str, tmp_path: Path) -> None:
+def test_optimised_net_that_is_folded_holds_each_shared_kernel_once(kind, tmp_path):
     model = small(kind)
     x = images(model)
     export_onnx(fold(model), tmp_path / 'net.onnx', SIZE)
@@ -66,7 +66,7 @@ def test_optimised_net_that_is_folded_holds_each_shared_kernel_once(kind: str, t
 
 
 @slow_but_for('bottleneck')
-def test_optimised_net_that_is_not_folded_holds_a_kernel_for_each_use_as_the_twin(kind: str, tmp_path: Path) -> None:
+def test_optimised_net_that_is_not_folded_holds_a_kernel_for_each_use_as_the_twin(kind, tmp_path):
     """What `fold` is for. If it fails, ONNX Runtime is cured."""
     model = small(kind)
     for net in model, fold(unshare(model)):
@@ -77,7 +77,7 @@ def test_optimised_net_that_is_not_folded_holds_a_kernel_for_each_use_as_the_twi
 
 
 @slow_but_for('basic', 'preact')
-def test_int8_file_holds_each_shared_kernel_once_and_agrees_with_the_twin_s(kind: str, tmp_path: Path) -> None:
+def test_int8_file_holds_each_shared_kernel_once_and_agrees_with_the_twin_s(kind, tmp_path):
     model = small(kind)
     calibration = [images(model, 16).numpy()]
     errors, sizes = [], []
@@ -95,7 +95,7 @@ def test_int8_file_holds_each_shared_kernel_once_and_agrees_with_the_twin_s(kind
 
 
 @pytest.mark.parametrize('name', ['shawrn40_4', *(pytest.param(n, marks=slow) for n in SHARED if n != 'shawrn40_4')])
-def test_each_model_takes_the_memory_of_its_own_weights(name: str, tmp_path: Path) -> None:
+def test_each_model_takes_the_memory_of_its_own_weights(name, tmp_path):
     model = create(name)
     size = model.pretrained_cfg['input_size']
     held, contents = [], []
@@ -113,13 +113,13 @@ def test_each_model_takes_the_memory_of_its_own_weights(name: str, tmp_path: Pat
 
 
 @slow_but_for('bottleneck')
-def test_reparam_of_timm_s_scripts_keeps_the_kernels_too(kind: str, tmp_path: Path) -> None:
+def test_reparam_of_timm_s_scripts_keeps_the_kernels_too(kind, tmp_path):
     model = small(kind)
     export_onnx(reparameterize_model(model), tmp_path / 'net.onnx', SIZE)
     assert inspect(tmp_path / 'net.onnx').kernels == kernels(model)
 
 
-def test_weights_beyond_16_mb_are_in_a_second_file(tmp_path: Path) -> None:
+def test_weights_beyond_16_mb_are_in_a_second_file(tmp_path):
     model = create('shawrn40_4')
     export_onnx(fold(model), tmp_path / 'net.onnx', SIZE)
     assert {p.name for p in tmp_path.iterdir()} == {'net.onnx', 'net.onnx_data'}
@@ -131,7 +131,7 @@ def test_weights_beyond_16_mb_are_in_a_second_file(tmp_path: Path) -> None:
     torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_files_do_not_tell_where_they_were_made(tmp_path: Path) -> None:
+def test_files_do_not_tell_where_they_were_made(tmp_path):
     export_onnx(fold(small('preact')), tmp_path / 'net.onnx', SIZE)
     content = (tmp_path / 'net.onnx').read_bytes()
     assert b'layer1.conv.weight' in content
@@ -142,7 +142,7 @@ def test_files_do_not_tell_where_they_were_made(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory: Any) -> Path:
+def folder(tmp_path_factory):
     """60 real images in class folders, and a checkpoint of a small net as train.py writes it."""
     folder = tmp_path_factory.mktemp('export')
     pictures, labels, classes = load_images()
@@ -161,7 +161,7 @@ def folder(tmp_path_factory: Any) -> Path:
 NET = ['sharesnet164_cifar', '--num-classes', '5', '--model-kwargs', 'layers=(3, 3, 1)']
 
 
-def test_command_writes_fp32_fp16_and_int8_of_a_checkpoint(folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_command_writes_fp32_fp16_and_int8_of_a_checkpoint(folder, tmp_path, capsys):
     options = ['--checkpoint', str(folder / 'c.pth'), '--output', str(tmp_path / 'net.onnx'), '--fp16', '--int8']
     options += ['--calibration-dir', str(folder / 'images'), '--calibration-images', '20']
     assert main([*NET, *options]) == 0, capsys.readouterr().err
@@ -183,7 +183,7 @@ def test_command_writes_fp32_fp16_and_int8_of_a_checkpoint(folder: Path, tmp_pat
     assert 'of 40 others' in lines[-1]
 
 
-def test_command_reads_a_local_dir(tmp_path: Path) -> None:
+def test_command_reads_a_local_dir(tmp_path):
     model = small('basic')
     save_for_hf(model, tmp_path / 'net', model_args=model.made_by[1], safe_serialization=True)
     options = ['--output', str(tmp_path / 'net.onnx'), '--img-size', '32']
@@ -214,9 +214,7 @@ def test_command_reads_a_local_dir(tmp_path: Path) -> None:
         (['sharesnet164_cifar', '--output', 'o.onnx', '--model-kwargs', 'colour=3'], 'colour'),
     ],
 )
-def test_command_refuses_in_one_line_and_leaves_nothing(
-    folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, argv: List[str], complaint: str
-) -> None:
+def test_command_refuses_in_one_line_and_leaves_nothing(folder, tmp_path, monkeypatch, capsys, argv, complaint):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'c.pth').write_bytes((folder / 'c.pth').read_bytes())
     (tmp_path / 'bad.pth').write_bytes(b'PK not a checkpoint')
@@ -232,7 +230,7 @@ def test_command_refuses_in_one_line_and_leaves_nothing(
     assert (tmp_path / 'old.onnx').read_bytes() == b'old'
 
 
-def test_force_replaces_the_files_of_before(tmp_path: Path) -> None:
+def test_force_replaces_the_files_of_before(tmp_path):
     (tmp_path / 'net.onnx').write_bytes(b'old')
     (tmp_path / 'net.onnx_data').write_bytes(b'old weights')
     list(export(small('wide'), tmp_path / 'net.onnx', force=True))
@@ -240,7 +238,7 @@ def test_force_replaces_the_files_of_before(tmp_path: Path) -> None:
     onnx.checker.check_model(str(tmp_path / 'net.onnx'))
 
 
-def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules['timm_sharesnet.export'], 'fold', lambda model: small('preact'))
     with pytest.raises(CommandError, match='differs from the net'):
         list(export(small('wide'), tmp_path / 'net.onnx'))
@@ -256,7 +254,7 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
         pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')),
     ],
 )
-def test_a_net_of_another_precision_or_device_is_written_in_fp32_and_not_changed(to: Any, tmp_path: Path) -> None:
+def test_a_net_of_another_precision_or_device_is_written_in_fp32_and_not_changed(to, tmp_path):
     model = small('wide').to(to)
     before = copy.deepcopy(model.state_dict())
     list(export(model, tmp_path / 'net.onnx'))
@@ -270,7 +268,7 @@ def test_a_net_of_another_precision_or_device_is_written_in_fp32_and_not_changed
     }
 
 
-def test_a_net_without_values_is_refused(tmp_path: Path) -> None:
+def test_a_net_without_values_is_refused(tmp_path):
     part = small('wide')
     part.norm.to('meta')
     for model in timm.create_model('shawrn40_4', device='meta').eval(), part:
@@ -279,20 +277,20 @@ def test_a_net_without_values_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_net_of_several_outputs_is_refused_and_nothing_written(tmp_path: Path) -> None:
+def test_a_net_of_several_outputs_is_refused_and_nothing_written(tmp_path):
     model = create('sharesnet164_cifar', layers=(2, 2, 2), features_only=True)
     with pytest.raises(CommandError, match='the net gives a list, and a file is written of one that gives a tensor'):
         list(export(model, tmp_path / 'net.onnx', (3, 32, 32)))
     assert not any(tmp_path.iterdir())
 
 
-def test_images_of_another_size_are_refused_as_torch_says_it(tmp_path: Path) -> None:
+def test_images_of_another_size_are_refused_as_torch_says_it(tmp_path):
     with pytest.raises(CommandError, match=r'does not take images of \(1, 32, 32\): .*to have 3 channels'):
         list(export(small('wide').half(), tmp_path / 'net.onnx', (1, 32, 32)))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_net_of_one_channel_is_written_for_its_images(tmp_path: Path) -> None:
+def test_a_net_of_one_channel_is_written_for_its_images(tmp_path):
     list(export(small('wide', in_chans=1), tmp_path / 'net.onnx'))
     assert open_session(tmp_path / 'net.onnx').get_inputs()[0].shape[1:] == [1, 32, 32]
 
@@ -305,15 +303,8 @@ def test_a_net_of_one_channel_is_written_for_its_images(tmp_path: Path) -> None:
     ],
 )
 def test_a_full_disk_is_said_in_one_line_and_nothing_is_left(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: Any,
-    capsys: Any,
-    module: Any,
-    function: str,
-    error: OSError,
-    message: str,
-) -> None:
+    folder, tmp_path, monkeypatch, capsys, module, function, error, message
+):
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
@@ -324,7 +315,7 @@ def test_a_full_disk_is_said_in_one_line_and_nothing_is_left(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_onnx_runtime_cannot_do_is_said_with_the_folder_that_may_be_full(tmp_path: Path) -> None:
+def test_what_onnx_runtime_cannot_do_is_said_with_the_folder_that_may_be_full(tmp_path):
     (tmp_path / 'bad.onnx').write_bytes(b'no model')
     with pytest.raises(CommandError, match='^bad.onnx cannot be optimised, with temporary files in .*Protobuf'):
         inspect(tmp_path / 'bad.onnx')
@@ -333,7 +324,7 @@ def test_what_onnx_runtime_cannot_do_is_said_with_the_folder_that_may_be_full(tm
     assert [path.name for path in tmp_path.iterdir()] == ['bad.onnx']
 
 
-def test_missing_packages_are_named_with_the_extra(tmp_path: Path) -> None:
+def test_missing_packages_are_named_with_the_extra(tmp_path):
     code = "import sys; sys.modules['onnxscript'] = None; from timm_sharesnet.export import main; sys.exit(main())"
     command = [sys.executable, '-c', code, 'sharesnet164_cifar', '--output', str(tmp_path / 'net.onnx')]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -341,6 +332,6 @@ def test_missing_packages_are_named_with_the_extra(tmp_path: Path) -> None:
     assert "onnxscript is not installed: pip install 'timm-sharesnet[onnx]'" in result.stderr
 
 
-def test_averaged_weights_are_preferred(folder: Path) -> None:
+def test_averaged_weights_are_preferred(folder):
     model = load_model('sharesnet164_cifar', folder / 'c.pth', 5, model_kwargs={'layers': (3, 3, 1)})
     assert torch.equal(model.conv1.weight, small('preact', num_classes=5).conv1.weight)

@@ -95,7 +95,7 @@ def assert_close(actual: Any, expected: np.ndarray, tol: float = 1e-10, what: st
 
 
 @pytest.mark.parametrize('file,name,kwargs', ORACLES, ids=[o[0] for o in ORACLES])
-def test_author_checkpoint_gives_author_outputs(file: str, name: str, kwargs: Dict[str, Any]) -> None:
+def test_author_checkpoint_gives_author_outputs(file, name, kwargs):
     folder = DATA if (DATA / f'{file}.t7.gz').exists() else ORACLE
     if not (folder / f'{file}.t7.gz').exists():
         pytest.skip('needs SHARESNET_SHARED')
@@ -114,7 +114,7 @@ def sample(x: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize('folder', [DATA, ORACLE], ids=['sampled', 'complete'])
-def test_training_step_equals_the_author_s(folder: Path) -> None:
+def test_training_step_equals_the_author_s(folder):
     """Loss, gradients (of a shared convolution the sum over its uses), running statistics, three steps of SGD."""
     if not (folder / 'preact-29-c10.train.npz').exists():
         pytest.skip('needs SHARESNET_SHARED')
@@ -169,7 +169,7 @@ def test_training_step_equals_the_author_s(folder: Path) -> None:
 
 
 @pytest.mark.parametrize('name,kwargs', SMALL, ids=[name for name, _ in SMALL])
-def test_reads_all_models(name: str, kwargs: Dict[str, Any], tmp_path: Path) -> None:
+def test_reads_all_models(name, kwargs, tmp_path):
     model = create(name, **kwargs)
     net = tree(model, gradients='net34' not in name)
     assert_same(load_torch7(write(tmp_path / 'net.t7', net), name, **kwargs), model)
@@ -177,27 +177,27 @@ def test_reads_all_models(name: str, kwargs: Dict[str, Any], tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FULL)
-def test_reads_all_models_in_full_size(name: str, tmp_path: Path) -> None:
+def test_reads_all_models_in_full_size(name, tmp_path):
     model = create(name)
     assert_same(load_torch7(write(tmp_path / 'net.t7', tree(model, cudnn=True)), name), model)
 
 
 @pytest.mark.parametrize('kind', ['Float', 'Double', 'Half', 'Cuda', 'CudaDouble', 'CudaHalf'])
 @pytest.mark.parametrize('make', [small_bottleneck, small_wide])
-def test_reads_tensors_of_all_floating_point_types(make: Callable[[], Any], kind: str, tmp_path: Path) -> None:
+def test_reads_tensors_of_all_floating_point_types(make, kind, tmp_path):
     model = make()
     if kind.endswith('Half'):
         model = model.half().float()
     assert_same(load_like(write(tmp_path / 'net.t7', tree(model, kind, cudnn='Cuda' in kind)), model), model)
 
 
-def test_reads_gzip_under_any_name(tmp_path: Path) -> None:
+def test_reads_gzip_under_any_name(tmp_path):
     model = small_preact()
     (tmp_path / 'net').write_bytes(gzip.compress(serialize(tree(model)), 1))
     assert_same(load_like(tmp_path / 'net', model), model)
 
 
-def test_reads_inverse_standard_deviations_of_old_batch_norm(tmp_path: Path) -> None:
+def test_reads_inverse_standard_deviations_of_old_batch_norm(tmp_path):
     model = small_preact()
     net = tree(model, 'Double')
     for bn in net.walk('BatchNormalization'):
@@ -207,7 +207,7 @@ def test_reads_inverse_standard_deviations_of_old_batch_norm(tmp_path: Path) -> 
     torch.testing.assert_close(state_dict, dict(model.state_dict()), rtol=2e-7, atol=0)
 
 
-def test_reads_running_std_only_where_the_class_is_old(tmp_path: Path) -> None:
+def test_reads_running_std_only_where_the_class_is_old(tmp_path):
     model = small_preact()
     net = tree(model)
     for bn in net.walk('BatchNormalization'):
@@ -215,7 +215,7 @@ def test_reads_running_std_only_where_the_class_is_old(tmp_path: Path) -> None:
     assert_same(load_like(write(tmp_path / 'net.t7', net), model), model)
 
 
-def test_reads_flat_weights_and_zero_biases_of_old_convolutions(tmp_path: Path) -> None:
+def test_reads_flat_weights_and_zero_biases_of_old_convolutions(tmp_path):
     model = small_preact()
     net = tree(model)
     for conv in net.walk('SpatialConvolution'):
@@ -228,7 +228,7 @@ def test_reads_flat_weights_and_zero_biases_of_old_convolutions(tmp_path: Path) 
     assert_same(load_like(write(tmp_path / 'net.t7', net), model), model)
 
 
-def test_reads_dropout_before_the_second_convolution(tmp_path: Path) -> None:
+def test_reads_dropout_before_the_second_convolution(tmp_path):
     model = small_wide()
     net = tree(model)
     for branch, i in (net[1][0][2][0], 3), (net[1][1][0][0], 5), (net[1][2][0][0], 5):
@@ -236,7 +236,7 @@ def test_reads_dropout_before_the_second_convolution(tmp_path: Path) -> None:
     assert_same(load_like(write(tmp_path / 'net.t7', net), model), model)
 
 
-def test_reads_equal_copies_of_a_shared_convolution(tmp_path: Path) -> None:
+def test_reads_equal_copies_of_a_shared_convolution(tmp_path):
     model = small_preact()
     net = tree(model)
     conv = net[1][2][0][0][5]
@@ -244,7 +244,7 @@ def test_reads_equal_copies_of_a_shared_convolution(tmp_path: Path) -> None:
     assert_same(load_like(write(tmp_path / 'net.t7', net), model), model)
 
 
-def test_reads_an_unshared_twin(tmp_path: Path) -> None:
+def test_reads_an_unshared_twin(tmp_path):
     model = create('resnet164_cifar', layers=(2, 1, 1))
     assert_same(load_like(write(tmp_path / 'net.t7', tree(model)), model), model)
 
@@ -443,12 +443,12 @@ def assert_refused(model: nn.Module, net: Module, tmp_path: Path, layer: str, ex
 
 
 @pytest.fixture(scope='module')
-def preact() -> nn.Module:
+def preact():
     return small_preact()
 
 
 @pytest.mark.parametrize('fault', REFUSED_PREACT)
-def test_refuses_a_net_that_differs_in(fault: str, preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_a_net_that_differs_in(fault, preact, tmp_path):
     change, *message = REFUSED_PREACT[fault]
     net = tree(preact)
     change(net)
@@ -456,12 +456,12 @@ def test_refuses_a_net_that_differs_in(fault: str, preact: nn.Module, tmp_path: 
 
 
 @pytest.fixture(scope='module')
-def imagenet() -> nn.Module:
+def imagenet():
     return create('sharesnet34', layers=(1, 1, 1, 1), num_classes=10)
 
 
 @pytest.mark.parametrize('fault', REFUSED_IMAGENET)
-def test_refuses_an_imagenet_net_that_differs_in(fault: str, imagenet: nn.Module, tmp_path: Path) -> None:
+def test_refuses_an_imagenet_net_that_differs_in(fault, imagenet, tmp_path):
     change, *message = REFUSED_IMAGENET[fault]
     net = tree(imagenet, gradients=False)
     change(net)
@@ -476,14 +476,14 @@ def test_refuses_an_imagenet_net_that_differs_in(fault: str, imagenet: nn.Module
         ('5.1.0.0.3', 'layer2.conv.weight (in layer2.blocks.1)'),
     ],
 )
-def test_refuses_unshared_uses_in_basic_blocks(path: str, layer: str, tmp_path: Path) -> None:
+def test_refuses_unshared_uses_in_basic_blocks(path, layer, tmp_path):
     model = small_basic()
     net = tree(model, gradients=False)
     unshare(path)(net)
     assert_refused(model, net, tmp_path, layer, 'one tensor for all', 'another')
 
 
-def test_refuses_the_first_3x3_of_basic_blocks_shared(tmp_path: Path) -> None:
+def test_refuses_the_first_3x3_of_basic_blocks_shared(tmp_path):
     model = small_basic()
     net = tree(model, gradients=False)
     alias('4.1.0.0.0', '4.0.0.0.0')(net)
@@ -491,7 +491,7 @@ def test_refuses_the_first_3x3_of_basic_blocks_shared(tmp_path: Path) -> None:
     assert_refused(model, net, tmp_path, layer, 'a tensor of its own', 'the one of layer1.blocks.0.conv1.weight')
 
 
-def test_refuses_unshared_uses_in_bottlenecks(tmp_path: Path) -> None:
+def test_refuses_unshared_uses_in_bottlenecks(tmp_path):
     model = small_bottleneck()
     net = tree(model, gradients=False)
     unshare('5.2.0.0.3')(net)
@@ -499,14 +499,14 @@ def test_refuses_unshared_uses_in_bottlenecks(tmp_path: Path) -> None:
     assert_refused(model, net, tmp_path, layer, 'one tensor for all', 'another')
 
 
-def test_refuses_a_shared_net_for_its_unshared_twin() -> None:
+def test_refuses_a_shared_net_for_its_unshared_twin():
     with pytest.raises(
         ValueError, match='layer1.blocks.2.conv2.weight: expected a tensor of its own, found the one of'
     ):
         load_torch7(DATA / 'preact-29-c10.t7.gz', 'resnet164_cifar', **PREACT)
 
 
-def test_refuses_an_unshared_net_for_its_shared_twin(tmp_path: Path) -> None:
+def test_refuses_an_unshared_net_for_its_shared_twin(tmp_path):
     path = write(tmp_path / 'net.t7', tree(create('wrn40_4', **WIDE)))
     with pytest.raises(ValueError, match=r'layer1.conv.weight \(in layer1.blocks.2\): expected one tensor for all'):
         load_torch7(path, 'shawrn40_4', **WIDE)
@@ -532,7 +532,7 @@ def test_refuses_an_unshared_net_for_its_shared_twin(tmp_path: Path) -> None:
         ('sharesnet164_cifar', dict(global_pool='max', **PREACT), 'global_pool: expected max pooling'),
     ],
 )
-def test_refuses_another_net(name: str, kwargs: Dict[str, Any], complaint: str) -> None:
+def test_refuses_another_net(name, kwargs, complaint):
     with pytest.raises(ValueError, match=f'does not hold {name}: {complaint}'):
         load_torch7(DATA / 'preact-29-c10.t7.gz', name, **kwargs)
 
@@ -544,20 +544,20 @@ def test_refuses_another_net(name: str, kwargs: Dict[str, Any], complaint: str) 
         ('sharesnet164_cifar', 'conv1: expected convolution 3 -> 16'),
     ],
 )
-def test_refuses_an_imagenet_net_for(name: str, complaint: str, tmp_path: Path) -> None:
+def test_refuses_an_imagenet_net_for(name, complaint, tmp_path):
     path = write(tmp_path / 'net.t7', tree(small_basic(), gradients=False))
     with pytest.raises(ValueError, match=f'does not hold {name}: {complaint}'):
         load_torch7(path, name)
 
 
-def test_refuses_another_depth_of_the_same_kind(tmp_path: Path) -> None:
+def test_refuses_another_depth_of_the_same_kind(tmp_path):
     kwargs = dict(base_width=4, num_classes=10)
     path = write(tmp_path / 'net.t7', tree(create('sharesnet50', **kwargs), gradients=False))
     with pytest.raises(ValueError, match='does not hold sharesnet101: layer3: expected 23 blocks, found 6'):
         load_torch7(path, 'sharesnet101', **kwargs)
 
 
-def test_refuses_layers_that_the_author_s_nets_lack(tmp_path: Path) -> None:
+def test_refuses_layers_that_the_author_s_nets_lack(tmp_path):
     model = create('sharesnet34', layers=(1, 1, 1, 1), num_classes=10)
     path = write(tmp_path / 'net.t7', tree(model, gradients=False))
     with pytest.raises(ValueError, match='layer1.blocks.0.se.fc1.weight: expected one of the layers of the author'):
@@ -573,7 +573,7 @@ def test_refuses_layers_that_the_author_s_nets_lack(tmp_path: Path) -> None:
         ('shawrn40_4', dict(depth=3), "shawrn40_4 cannot be built with .*'depth'"),
     ],
 )
-def test_refuses_what_is_no_model(name: str, kwargs: Dict[str, Any], complaint: str) -> None:
+def test_refuses_what_is_no_model(name, kwargs, complaint):
     with pytest.raises(ValueError, match=complaint):
         load_torch7(DATA / 'preact-29-c10.t7.gz', name, **kwargs)
 
@@ -617,12 +617,12 @@ def damaged(data: bytes) -> Dict[str, bytes]:
 
 
 @pytest.fixture(scope='module')
-def net_bytes(preact: nn.Module) -> bytes:
+def net_bytes(preact):
     return serialize(tree(preact))
 
 
 @pytest.mark.parametrize('fault', damaged(b'V 1torch.FloatTensortorch.FloatStorage'))
-def test_refuses_a_damaged_file(fault: str, net_bytes: bytes, preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_a_damaged_file(fault, net_bytes, preact, tmp_path):
     path = tmp_path / 'net.t7'
     path.write_bytes(damaged(net_bytes)[fault])
     with pytest.raises(ValueError) as e:
@@ -631,24 +631,24 @@ def test_refuses_a_damaged_file(fault: str, net_bytes: bytes, preact: nn.Module,
     assert re.match(re.escape(str(path)) + f' is {kind}', str(e.value))
 
 
-def test_says_how_to_save_an_ascii_file_in_binary(preact: nn.Module, tmp_path: Path) -> None:
+def test_says_how_to_save_an_ascii_file_in_binary(preact, tmp_path):
     (tmp_path / 'net.t7').write_bytes(b'4\n1\n3\nV 1\n13\nnn.Sequential\n')
     with pytest.raises(ValueError, match='may be ascii, save it with torch.save'):
         load_like(tmp_path / 'net.t7', preact)
 
 
-def test_refuses_a_file_that_holds_no_module(preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_a_file_that_holds_no_module(preact, tmp_path):
     with pytest.raises(ValueError, match='fc: expected nn.Sequential, found no module'):
         load_like(write(tmp_path / 'net.t7', tensor(3)), preact)
 
 
 @pytest.mark.parametrize('error,path', [(FileNotFoundError, 'missing.t7'), (IsADirectoryError, '.')])
-def test_a_file_that_cannot_be_opened_is_an_os_error(error: type, path: str, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_an_os_error(error, path, tmp_path):
     with pytest.raises(error):
         load_torch7(tmp_path / path, 'sharesnet34')
 
 
-def test_no_damage_has_other_consequences_than_a_refusal(tmp_path: Path) -> None:
+def test_no_damage_has_other_consequences_than_a_refusal(tmp_path):
     """Bits flipped at random outside the values: the file is refused, or the damage was to what nobody reads."""
     model = create('shawrn40_4', layers=(2, 1, 1), widen_factor=1)
     data = serialize(tree(model, gradients=False))
@@ -722,7 +722,7 @@ def refusal(path: Path, model: nn.Module) -> str:
 
 
 @pytest.mark.parametrize('holder', HOLDERS)
-def test_refuses_200000_objects_within_each_other(holder: str, preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_200000_objects_within_each_other(holder, preact, tmp_path):
     head, tail = HOLDERS[holder]
     net = tree(preact, gradients=False)
     net.fields['output'] = raw(nested(head, 200_000, tail))
@@ -732,7 +732,7 @@ def test_refuses_200000_objects_within_each_other(holder: str, preact: nn.Module
 
 
 @pytest.mark.parametrize('holder', HOLDERS)
-def test_refuses_200000_objects_as_keys(holder: str, preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_200000_objects_as_keys(holder, preact, tmp_path):
     """Each refers to the one before it, so that nothing is deep to read, but all is to hash."""
     head, tail = HOLDERS[holder]
     net = tree(preact, gradients=False)
@@ -741,7 +741,7 @@ def test_refuses_200000_objects_as_keys(holder: str, preact: nn.Module, tmp_path
     assert 'the key of a table is a number or text' in message or 'an array of float32 or nothing' in message
 
 
-def test_refuses_more_objects_than_the_model_can_need(preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_more_objects_than_the_model_can_need(preact, tmp_path):
     net = tree(preact, gradients=False)
     net.fields['output'] = raw(in_a_row(HOLDERS['object'][0], 200_000))
     assert 'objects, which such a model cannot need' in refusal(write(tmp_path / 'net.t7', net), preact)
@@ -750,9 +750,7 @@ def test_refuses_more_objects_than_the_model_can_need(preact: nn.Module, tmp_pat
 @pytest.mark.parametrize(
     'holder', ['function', *(pytest.param(h, marks=pytest.mark.slow) for h in ('object', 'table', 'vec'))]
 )
-def test_frees_200000_objects_that_refer_to_each_other(
-    holder: str, preact: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frees_200000_objects_that_refer_to_each_other(holder, preact, tmp_path, monkeypatch):
     """If the model is so large that it might need them. They are not deep in the file, but in memory."""
     monkeypatch.setattr(torch7, '_OBJECTS_PER_MODULE', 10**6)
     net = tree(preact, gradients=False)
@@ -777,19 +775,19 @@ class TableOfOne(dict):
     ],
     ids='nil boolean table list tensor storage object nan function new_function'.split(),
 )
-def test_refuses_keys_that_are_no_numbers_or_text(key: Any, preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_keys_that_are_no_numbers_or_text(key, preact, tmp_path):
     net = tree(preact, gradients=False)
     net.fields['output'] = TableOfOne(key)
     assert 'the key of a table is a number or text, found' in refusal(write(tmp_path / 'net.t7', net), preact)
 
 
-def test_refuses_a_key_twice(preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_a_key_twice(preact, tmp_path):
     net = tree(preact, gradients=False)
     net.fields['output'] = raw(struct.pack('<iii', 3, 998, 2) + 4 * ONE)
     assert 'a table has a key twice' in refusal(write(tmp_path / 'net.t7', net), preact)
 
 
-def test_refuses_a_tensor_in_place_of_a_storage(preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_a_tensor_in_place_of_a_storage(preact, tmp_path):
     net = tree(preact, gradients=False)
     head = VERSION[:4] + struct.pack('<i', 998) + VERSION[4:] + text('torch.FloatTensor')
     for storage in (ONE, serialize('text'), struct.pack('<iii', 3, 999, 0), struct.pack('<ii', 4, 1)):
@@ -797,14 +795,14 @@ def test_refuses_a_tensor_in_place_of_a_storage(preact: nn.Module, tmp_path: Pat
         assert 'an array of float32 or nothing' in refusal(write(tmp_path / 'net.t7', net), preact)
 
 
-def test_reads_a_net_that_contains_itself_where_nobody_looks(preact: nn.Module, tmp_path: Path) -> None:
+def test_reads_a_net_that_contains_itself_where_nobody_looks(preact, tmp_path):
     net = tree(preact)
     net.fields['parent'], net.fields['fields'] = net, net.fields
     assert_same(load_like(write(tmp_path / 'net.t7', net), preact), preact)
 
 
 @pytest.mark.parametrize('path,layer', [('1', 'layer1'), ('1.1', 'layer1.blocks.1'), ('', 'conv1')])
-def test_refuses_a_container_that_contains_itself(path: str, layer: str, preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_a_container_that_contains_itself(path, layer, preact, tmp_path):
     net = tree(preact)
     container = at(net, path) if path else net
     container.fields['modules'][0] = container
@@ -812,7 +810,7 @@ def test_refuses_a_container_that_contains_itself(path: str, layer: str, preact:
 
 
 @pytest.mark.parametrize('stride', [2**62, 2**63 - 1, -(2**63), -1])
-def test_refuses_strides_beyond_the_storage(stride: int, preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_strides_beyond_the_storage(stride, preact, tmp_path):
     net = tree(preact)
     net[8].fields['weight'].stride = [stride, 1]
     message = refusal(write(tmp_path / 'net.t7', net), preact)
@@ -820,7 +818,7 @@ def test_refuses_strides_beyond_the_storage(stride: int, preact: nn.Module, tmp_
 
 
 @pytest.mark.parametrize('stride', [2**62, -1])
-def test_reads_a_dimension_of_one_with_any_stride(stride: int, tmp_path: Path) -> None:
+def test_reads_a_dimension_of_one_with_any_stride(stride, tmp_path):
     model = create('sharesnet164_cifar', layers=(1, 1, 1), num_classes=1)
     net = tree(model)
     net[8].fields['weight'].stride = [stride, 1]
@@ -828,20 +826,20 @@ def test_reads_a_dimension_of_one_with_any_stride(stride: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize('ndim', [9, 70, 2**16])
-def test_refuses_tensors_of_many_dimensions(ndim: int, preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_tensors_of_many_dimensions(ndim, preact, tmp_path):
     net = tree(preact, gradients=False)
     net[0].fields['bias'] = Tensor(Storage(np.ones(16)), ndim * (1,), stride=ndim * [1])
     assert f'a tensor has {ndim} dimensions' in refusal(write(tmp_path / 'net.t7', net), preact)
 
 
 @pytest.mark.parametrize('size', [(16, 1), (2**40,), (2**62, 2**62), (17,), (-16,), (0,)])
-def test_refuses_biases_of_other_shapes_even_if_zero(size: Any, preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_biases_of_other_shapes_even_if_zero(size, preact, tmp_path):
     net = tree(preact)
     net[0].fields['bias'] = Tensor(Storage(np.zeros(16)), size, stride=len(size) * [0])
     assert 'conv1: expected' in refusal(write(tmp_path / 'net.t7', net), preact)
 
 
-def test_refuses_a_bias_without_values(preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_a_bias_without_values(preact, tmp_path):
     net = tree(preact)
     net[0].fields['bias'] = Tensor(Storage(np.zeros(8)), (16,))
     assert 'found convolution' in refusal(write(tmp_path / 'net.t7', net), preact)
@@ -850,21 +848,21 @@ def test_refuses_a_bias_without_values(preact: nn.Module, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize('name', ['', 'A' * 10**6, 'nn.\n', 'nn.\0ReLU', 'nn.Größe'])
-def test_refuses_strange_names_of_classes_in_a_short_message(name: str, preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_strange_names_of_classes_in_a_short_message(name, preact, tmp_path):
     net = tree(preact, gradients=False)
     net[5].name = name
     assert 'is no name of a class' in refusal(write(tmp_path / 'net.t7', net), preact)
 
 
 @pytest.mark.parametrize('value', [1e308, -1e308, float('inf'), float('nan'), 2.0**62])
-def test_refuses_strange_numbers_in_a_short_message(value: float, preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_strange_numbers_in_a_short_message(value, preact, tmp_path):
     net = tree(preact, gradients=False)
     net[0].fields.update({key: value for key in ('kW', 'kH', 'dW', 'dH', 'padH', 'padW', 'nInputPlane', 'groups')})
     assert 'found convolution ? -> 16' in refusal(write(tmp_path / 'net.t7', net), preact)
 
 
 @pytest.mark.parametrize('version', ['V nan', 'V inf', 'V 1e999', 'V x', 'V '])
-def test_refuses_strange_versions(version: str, preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_strange_versions(version, preact, tmp_path):
     path = tmp_path / 'net.t7'
     path.write_bytes(serialize(tree(preact, gradients=False)).replace(text('V 1'), text(version), 1))
     assert 'is truncated or no Torch7 model' in refusal(path, preact)
@@ -879,7 +877,7 @@ def bomb(size: int) -> bytes:
     return start + block * (size >> 20)
 
 
-def test_unpacks_no_more_than_the_model_can_need(preact: nn.Module, tmp_path: Path) -> None:
+def test_unpacks_no_more_than_the_model_can_need(preact, tmp_path):
     path = tmp_path / 'net.t7'
     path.write_bytes(bomb(8 << 30))
     assert path.stat().st_size < 10 << 20
@@ -893,12 +891,12 @@ def test_unpacks_no_more_than_the_model_can_need(preact: nn.Module, tmp_path: Pa
 
 
 @pytest.mark.parametrize('name,twin', [('sharesnet164_cifar', 'resnet164_cifar'), ('shawrn40_4', 'wrn40_4')])
-def test_a_model_may_need_a_shared_convolution_for_each_block(name: str, twin: str) -> None:
+def test_a_model_may_need_a_shared_convolution_for_each_block(name, twin):
     shared, unshared = timm.create_model(name, layers=(3, 3, 3)), timm.create_model(twin, layers=(3, 3, 3))
     assert torch7._numel(torch7._tree(shared)) == sum(v.numel() for v in unshared.state_dict().values())
 
 
-def test_reads_no_file_larger_than_the_model_can_need(preact: nn.Module, tmp_path: Path) -> None:
+def test_reads_no_file_larger_than_the_model_can_need(preact, tmp_path):
     path = tmp_path / 'net.t7'
     path.write_bytes(struct.pack('<i', 4))
     os.truncate(path, 20 << 30)
@@ -907,7 +905,7 @@ def test_reads_no_file_larger_than_the_model_can_need(preact: nn.Module, tmp_pat
     assert time.perf_counter() - start < 5
 
 
-def test_refuses_more_after_a_gzip(preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_more_after_a_gzip(preact, tmp_path):
     packed = gzip.compress(serialize(tree(preact)), 1)
     path = tmp_path / 'net.t7'
     for more in (b'\0', packed, gzip.compress(b'') * 100_000):
@@ -916,7 +914,7 @@ def test_refuses_more_after_a_gzip(preact: nn.Module, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('extra', [-1, 0, 1])
-def test_reads_a_gzip_of_whole_blocks(extra: int, preact: nn.Module, tmp_path: Path) -> None:
+def test_reads_a_gzip_of_whole_blocks(extra, preact, tmp_path):
     net = tree(preact)
     net.fields['output'] = ''
     net.fields['output'] = ((-len(serialize(net))) % torch7._BLOCK + extra) * 'x'
@@ -925,27 +923,27 @@ def test_reads_a_gzip_of_whole_blocks(extra: int, preact: nn.Module, tmp_path: P
         assert_same(load_like(tmp_path / 'net.t7', preact), preact)
 
 
-def test_refuses_what_is_no_regular_file(preact: nn.Module, tmp_path: Path) -> None:
+def test_refuses_what_is_no_regular_file(preact, tmp_path):
     os.mkfifo(tmp_path / 'net.t7')  # to open it would wait for a writer
     for path in (tmp_path / 'net.t7', Path('/dev/zero'), Path('/dev/null')):
         assert refusal(path, preact) == ' is no regular file'
 
 
 @pytest.mark.parametrize('path', ['net\0.t7', '\ud800.t7'])
-def test_refuses_what_is_no_path(path: str) -> None:
+def test_refuses_what_is_no_path(path):
     with pytest.raises(ValueError) as e:
         load_torch7(path, 'sharesnet34')
     assert str(e.value).startswith(f'{path!r} is no path of a file: ')
 
 
 @pytest.mark.skipif(not Path('/proc/self/mem').exists(), reason='needs a file that opens and cannot be read')
-def test_an_error_while_reading_names_the_file() -> None:
+def test_an_error_while_reading_names_the_file():
     with pytest.raises(OSError, match=r"Input/output error: '/proc/self/mem'"):
         load_torch7('/proc/self/mem', 'sharesnet34')
 
 
 @pytest.mark.parametrize('function', ['_content', '_File', '_convert'])
-def test_lack_of_memory_is_an_os_error_that_names_the_file(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lack_of_memory_is_an_os_error_that_names_the_file(function, monkeypatch):
     def no_memory(*args: Any) -> Any:
         raise MemoryError
 
@@ -954,7 +952,7 @@ def test_lack_of_memory_is_an_os_error_that_names_the_file(function: str, monkey
         load_torch7(DATA / 'preact-29-c10.t7.gz', 'sharesnet164_cifar', **PREACT)
 
 
-def test_a_full_stack_is_not_blamed_on_the_file() -> None:
+def test_a_full_stack_is_not_blamed_on_the_file():
     def at_depth(n: int) -> Any:
         if n > 0:
             return at_depth(n - 1)
@@ -972,13 +970,13 @@ def test_a_full_stack_is_not_blamed_on_the_file() -> None:
     assert outcomes == {'read', 'refused'} and sys.getrecursionlimit() == limit
 
 
-def test_says_what_to_install_without_torchfile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_says_what_to_install_without_torchfile(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torchfile', None)
     with pytest.raises(ImportError, match=r"pip install 'timm-sharesnet\[torch7\]'"):
         load_torch7(DATA / 'preact-29-c10.t7.gz', 'sharesnet164_cifar', **PREACT)
 
 
-def test_leaves_torchfile_as_it_is() -> None:
+def test_leaves_torchfile_as_it_is():
     import torchfile
 
     before = dict(torchfile.type_handlers)
@@ -999,7 +997,7 @@ def main(*args: Any) -> Any:
     return script.main([str(arg) for arg in args])
 
 
-def test_command_writes_what_timm_loads(tmp_path: Path, capsys: Any) -> None:
+def test_command_writes_what_timm_loads(tmp_path, capsys):
     checkpoint, out = DATA / 'wrn-22-2-c10.t7.gz', tmp_path / 'new' / 'wrn'
     error = main(
         checkpoint, '--model', 'shawrn40_4', '--output', out, '--model-kwargs', 'layers=3,3,3', 'widen_factor=2'
@@ -1022,7 +1020,7 @@ def test_command_writes_what_timm_loads(tmp_path: Path, capsys: Any) -> None:
     assert config['model_args']['layers'] == [3, 3, 3] and 'num_classes' not in config['model_args']
 
 
-def test_command_suggests_for_a_mistyped_model(tmp_path: Path) -> None:
+def test_command_suggests_for_a_mistyped_model(tmp_path):
     """The nearest models of the package: the others of timm's cannot be in such a file."""
     for name, suggested in {
         'shawrn40_5': 'did you mean shawrn40_4',
@@ -1034,7 +1032,7 @@ def test_command_suggests_for_a_mistyped_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('layers', ['2,1,1', '(2,1,1)', '[2, 1, 1]'])
-def test_command_records_the_architecture(layers: str, tmp_path: Path) -> None:
+def test_command_records_the_architecture(layers, tmp_path):
     model = create('sharesnet164_cifar', layers=(2, 1, 1), num_classes=7, in_chans=1)
     kwargs = [f'layers={layers}', 'num_classes=7', 'in_chans=1', 'act_layer=relu']
     net = write(tmp_path / 'net.t7', tree(model))
@@ -1044,7 +1042,7 @@ def test_command_records_the_architecture(layers: str, tmp_path: Path) -> None:
     assert loaded.num_classes == 7 and loaded.pretrained_cfg['num_classes'] == 7
 
 
-def test_command_replaces_an_older_import(tmp_path: Path) -> None:
+def test_command_replaces_an_older_import(tmp_path):
     for name in ('model.safetensors', 'config.json', 'README.md'):
         (tmp_path / name).write_text('old')
     args = ('--model', 'sharesnet164_cifar', '--output', tmp_path, '--model-kwargs', 'layers=3,3,3')
@@ -1067,14 +1065,14 @@ def test_command_replaces_an_older_import(tmp_path: Path) -> None:
         ([DATA / 'preact-29-c10.t7.gz', '--model', 'shawrn40_4', '--model-kwargs', 'a=1'], 'cannot be built'),
     ],
 )
-def test_command_refuses_in_one_line_and_writes_nothing(args: Any, complaint: str, tmp_path: Path, capsys: Any) -> None:
+def test_command_refuses_in_one_line_and_writes_nothing(args, complaint, tmp_path, capsys):
     error = main(*args, '--output', tmp_path / 'a' / 'b')
     assert complaint in error and '\n' not in error
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr() == ('', '')
 
 
-def test_command_keeps_an_older_import_if_it_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_command_keeps_an_older_import_if_it_fails(monkeypatch, tmp_path):
     def no_space(model: nn.Module, folder: str, **kwargs: Any) -> None:
         Path(folder).mkdir()
         (Path(folder) / 'model.safetensors').write_text('half of it')
@@ -1090,7 +1088,7 @@ def test_command_keeps_an_older_import_if_it_fails(monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / 'new').exists()
 
 
-def test_command_does_not_write_over_a_file(tmp_path: Path) -> None:
+def test_command_does_not_write_over_a_file(tmp_path):
     (tmp_path / 'out').write_text('mine')
     args = ('--model', 'sharesnet164_cifar', '--model-kwargs', 'layers=3,3,3', '--output')
     assert 'is not a directory' in main(DATA / 'preact-29-c10.t7.gz', *args, tmp_path / 'out')
@@ -1098,7 +1096,7 @@ def test_command_does_not_write_over_a_file(tmp_path: Path) -> None:
     assert main(DATA / 'preact-29-c10.t7.gz', *args, tmp_path / 'out' / 'below')
 
 
-def test_command_exits_with_1_and_one_line_on_stderr(tmp_path: Path) -> None:
+def test_command_exits_with_1_and_one_line_on_stderr(tmp_path):
     args = [SCRIPT, DATA / 'preact-29-c10.t7.gz', '--model', 'sharesnet164_cifar', '--output', tmp_path / 'out']
     run = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True)
     assert run.returncode == 1 and run.stdout == ''

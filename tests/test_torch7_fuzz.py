@@ -259,14 +259,14 @@ def fuzz(first: int, count: int, folder: Path) -> Dict[str, Any]:
     return dict(read=read, slowest=slowest)
 
 
-def test_a_damaged_file_is_read_whole_or_refused(tmp_path: Path) -> None:
+def test_a_damaged_file_is_read_whole_or_refused(tmp_path):
     read = fuzz(0, 200, tmp_path)['read']
     assert 10 < read < 100  # little damage is to what nobody reads
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('first', range(0, 20_000, 2_500))
-def test_no_damaged_file_takes_much_time_or_memory(first: int, tmp_path: Path) -> None:
+def test_no_damaged_file_takes_much_time_or_memory(first, tmp_path):
     command = [sys.executable, __file__, str(first), '2500', str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     seed = (tmp_path / 'seed').read_text() if (tmp_path / 'seed').exists() else 'none'

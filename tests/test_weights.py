@@ -11,11 +11,11 @@ import pickle
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import huggingface_hub
 import pytest
 import safetensors.torch
@@ -501,23 +501,24 @@ class Client:
         env = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}
         env.update(HF_ENDPOINT=endpoint, HF_HOME=str(package.parent / 'home'), HF_HUB_DISABLE_XET='1')
         env.update(HF_HUB_OFFLINE=str(int(offline)), NO_PROXY='127.0.0.1,localhost', OMP_NUM_THREADS='1')
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen([sys.executable, str(script)], env=env, **pipes)
+        (questions, self._questions), (self._answers, answers) = os.pipe(), os.pipe()
+        self._program = forks.Program([script], [questions, answers, sys.__stderr__], env)
+        os.close(questions), os.close(answers)
+        self._answers = open(self._answers)
         self.hello = self._read()
         assert Path(self.hello.package).parent == package
 
     def load(self, name, **kwargs):
         """What `timm.create_model` gives: digest of the outputs on a fixed input, or the error; and the seconds."""
-        self.process.stdin.write(json.dumps([name, kwargs], default=str) + '\n')
-        self.process.stdin.flush()
+        os.write(self._questions, (json.dumps([name, kwargs], default=str) + '\n').encode())
         return self._read()
 
     def _read(self):
-        return SimpleNamespace(**json.loads(self.process.stdout.readline()))
+        return SimpleNamespace(**json.loads(self._answers.readline()))
 
     def close(self):
-        self.process.kill()
-        self.process.communicate()
+        os.close(self._questions), self._answers.close()
+        self._program.wait()
 
 
 @pytest.fixture(scope='module')
