@@ -1,7 +1,7 @@
 """The models are there after `import timm` alone. Each case runs in an interpreter of its own.
 
-A fork finds torch imported, and the hook as the end of `import torch` leaves it. A real interpreter imports torch within
-timm or our package, or not at all.
+A fork finds torch imported, and the hook as the end of `import torch` leaves it. A real interpreter imports torch
+within timm or our package, or not at all.
 """
 
 import os

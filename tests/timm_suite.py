@@ -105,7 +105,7 @@ def main(names):
         str(path.parent),
     ]
     with mock.patch.object(timm, 'list_models', list_wanted):
-        code = pytest.main([*options, str(path)], plugins=[selection])
+        code = pytest.main([*options, '--rootdir', str(path.parent), str(path)], plugins=[selection])
     missing = selection.missing()
     if missing or not all(selection.expected.values()):
         return f'kinds of test that did not pass: {missing or selection.expected}'
