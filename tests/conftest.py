@@ -9,6 +9,7 @@ import pytest  # noqa: E402
 # What starts servers or processes, or builds a net, for all its tests is done once, by one process
 IN_ONE_PROCESS = {
     'test_distributed',
+    'test_export',
     'test_hub_build',
     'test_hub_check',
     'test_hub_own',

@@ -7,6 +7,7 @@ zero. `create` therefore gives every batch norm weights and statistics that are 
 import re
 from typing import Any, Dict, List, Tuple
 
+import pytest
 import timm
 import torch
 import torch.nn as nn
@@ -73,6 +74,14 @@ VARIANTS: List[Tuple[str, Dict[str, Any]]] = [
     ('shawrn40_4', dict(layers=(5, 4, 3), widen_factor=1, share_rate=0.5)),
 ]
 SHARED, CIFAR_TWINS = list(TWINS), ['resnet164_cifar', 'wrn40_4', 'wrn28_10', 'resnet92_cifar', 'wrn28_4', 'wrn22_10']
+
+kinds = pytest.mark.parametrize('kind', SMALL)
+
+
+def slow_but_for(*default: str, name: str = 'kind', of: Any = SMALL) -> pytest.MarkDecorator:
+    """Run the test on all kinds, of which only some are in the default run."""
+    values = [value if value in default else pytest.param(value, marks=pytest.mark.slow) for value in of]
+    return pytest.mark.parametrize(name, values)
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:

@@ -10,17 +10,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from models import RUNS, SHARED, SMALL, create, images, small
+from models import RUNS, SHARED, SMALL, create, images, slow_but_for, small
 from torch._dynamo.testing import CompileCounterWithBackend
 
-kinds = pytest.mark.parametrize('kind', [*SMALL, *RUNS])
-slow = pytest.mark.slow
-
-
-def slow_but_for(*default: str) -> pytest.MarkDecorator:
-    """Run the test on all kinds, of which only some are in the default run."""
-    kinds = [*SMALL, *RUNS]
-    return pytest.mark.parametrize('kind', [k if k in default else pytest.param(k, marks=slow) for k in kinds])
+ALL = [*SMALL, *RUNS]
+kinds = pytest.mark.parametrize('kind', ALL)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +25,7 @@ def fresh_compiler():
 # ---- torch.compile
 
 
-@slow_but_for('bottleneck', 'wide')
+@slow_but_for('bottleneck', 'wide', of=ALL)
 @pytest.mark.parametrize('checkpointing', [False, True], ids=['', 'checkpointing'])
 def test_training_step_compiles_to_one_graph_with_equal_gradients(kind, checkpointing):
     model = small(kind).double().train()
@@ -47,7 +41,7 @@ def test_training_step_compiles_to_one_graph_with_equal_gradients(kind, checkpoi
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-@slow_but_for('bottleneck', 'wide')
+@slow_but_for('bottleneck', 'wide', of=ALL)
 @pytest.mark.parametrize(
     'dynamic,sizes,graphs',
     [
@@ -66,7 +60,7 @@ def test_graphs_serve_all_batch_sizes(kind, dynamic, sizes, graphs):
     assert counter.frame_count == graphs
 
 
-@slow_but_for('wide')
+@slow_but_for('wide', of=ALL)
 def test_inductor_computes_the_same(kind):
     model = small(kind)
     x = images(model)
@@ -124,7 +118,7 @@ def run_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
 
 
 @by_dynamo
-@slow_but_for('bottleneck')
+@slow_but_for('bottleneck', of=ALL)
 def test_onnx_stores_a_shared_convolution_once_and_computes_the_same(kind, tmp_path):
     model = small(kind)
     x = images(model)
@@ -138,7 +132,7 @@ def test_onnx_stores_a_shared_convolution_once_and_computes_the_same(kind, tmp_p
 
 
 @by_dynamo
-@pytest.mark.parametrize('name', ['shawrn40_4', *(pytest.param(n, marks=slow) for n in SHARED if n != 'shawrn40_4')])
+@slow_but_for('shawrn40_4', name='name', of=SHARED)
 def test_onnx_file_of_each_model_is_as_small_as_its_weights(name, tmp_path):
     model = create(name)
     x = torch.randn(1, *model.pretrained_cfg['input_size'])

@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 from additions import ADDITIONS, add
-from models import SHALLOW, SMALL, VARIANTS, create, error, images, small, unshared, uses
+from models import SHALLOW, SMALL, VARIANTS, create, error, images, kinds, small, unshared, uses
 from safetensors.torch import load_file, save_file
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
@@ -21,7 +21,6 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from timm_sharesnet import SharedStage, SharingBlock, fold
 from timm_sharesnet.conv_bn import MAX_SHIFT
 
-kinds = pytest.mark.parametrize('kind', SMALL)
 slow = pytest.mark.slow
 
 

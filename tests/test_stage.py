@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from additions import add
 from models import RUNS, SMALL, images, shared_name, small, unshared
 from safetensors.torch import load_file, save_file
 from timm.models import checkpoint_seq, save_for_hf
@@ -23,7 +24,7 @@ from timm_sharesnet import PreActBottleneck, PreActWideBasic, SharedStage
 pytestmark = pytest.mark.parametrize('kind', [*SMALL, *RUNS])
 
 
-def uses(model: nn.Module) -> Counter:
+def uses_by_name(model: nn.Module) -> Counter:
     """How often each stage's convolution is used: name -> number of blocks without a 3x3 of their own."""
     stages = {n: m for n, m in model.named_modules() if isinstance(m, SharedStage)}
     names = [(n, m, m.conv_name(i)) for n, m in stages.items() for i in range(len(m)) if m.conv_of(i) is not None]
@@ -52,7 +53,7 @@ def loss_and_gradients(model: nn.Module, x: torch.Tensor) -> Any:
 
 def test_output_equals_the_twin_whose_blocks_have_copies_of_the_shared_convolution(kind):
     model = small(kind).double()
-    assert max(uses(model).values()) > 1
+    assert max(uses_by_name(model).values()) > 1
     x = images(model)
     torch.testing.assert_close(model(x), unshared(model)(x), rtol=1e-12, atol=0)
 
@@ -75,7 +76,7 @@ def test_every_use_matters_to_the_output(kind):
     model = small(kind)
     x = images(model)
     before = model(x)
-    for name in uses(model):
+    for name in uses_by_name(model):
         weight = model.get_submodule(name).weight
         saved = weight.detach().clone()
         nn.init.zeros_(weight)
@@ -144,8 +145,8 @@ def test_deepcopy_and_pickle_keep_the_sharing(kind):
     x = images(model)
     for twin in copy.deepcopy(model), pickle.loads(pickle.dumps(model)):
         assert torch.equal(twin(x), model(x))
-        assert uses(twin) == uses(model)
-        for name in uses(twin):
+        assert uses_by_name(twin) == uses_by_name(model)
+        for name in uses_by_name(twin):
             nn.init.zeros_(twin.get_submodule(name).weight)
         assert not torch.equal(twin(x), model(x))
 
@@ -165,7 +166,7 @@ def test_to_empty_and_assign_keep_the_sharing(kind):
 
 def test_functional_call_replaces_every_use(kind):
     model, other = small(kind), small(kind)
-    for name in uses(other):
+    for name in uses_by_name(other):
         nn.init.normal_(other.get_submodule(name).weight)
     x = images(model)
     assert torch.equal(functional_call(model, dict(other.named_parameters()), x), other(x))
@@ -177,7 +178,7 @@ def test_functional_call_replaces_every_use(kind):
 
 def test_forward_hooks_see_every_use(kind):
     model = small(kind)
-    expected = uses(model)
+    expected = uses_by_name(model)
     count = calls(model, images(model))
     assert {name: count[name] for name in expected} == dict(expected)
     assert set(count.values()) == {1, *expected.values()}
@@ -193,30 +194,15 @@ def test_flop_counter_counts_every_use(kind):
     assert flops[0] == flops[1] > 0
 
 
-class LowRank(nn.Module):
-    """A convolution with a trainable addition of low rank, as LoRA makes it."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.conv = conv
-        self.down = nn.Conv2d(conv.in_channels, 2, 3, padding=1)
-        self.up = nn.Conv2d(2, conv.out_channels, 1)
-        self.calls = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return self.conv(x) + self.up(self.down(x))
-
-
 def test_convolution_replaced_by_name_reaches_every_use(kind):
     model = small(kind)
     x = images(model)
     before = model(x)
-    number = uses(model)
+    number = uses_by_name(model)
     for name in number:
-        model.set_submodule(name, LowRank(model.get_submodule(name)))
+        add('LoRA', model, name)
     assert not torch.allclose(model(x), before)
-    assert {name: model.get_submodule(name).calls for name in number} == dict(number)
+    assert {name: calls(model, x)[f'{name}.up'] for name in number} == dict(number)
     model.train()(images(model, 4)).sum().backward()
     assert all(model.get_submodule(name).up.weight.grad.abs().sum() > 0 for name in number)
 
@@ -226,7 +212,7 @@ def test_layer_decay_puts_the_shared_convolution_with_the_first_block_of_its_sta
     groups = param_groups_layer_decay(model, layer_decay=0.5)
     scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
     assert sum(len(group['params']) for group in groups) == len(scale) == len(list(model.parameters()))
-    for name in uses(model):
+    for name in uses_by_name(model):
         stage, _, run = name.partition('.conv')
         first = model.get_submodule(f'{stage}.blocks.{run.removeprefix(".") or 0}').conv1.weight
         assert scale[id(model.get_submodule(name).weight)] == scale[id(first)] < 1
@@ -239,7 +225,7 @@ def test_frozen_blocks_leave_the_shared_convolution_trainable(kind):
         if isinstance(m, SharedStage):
             m.blocks.requires_grad_(False)
     model(images(model, 4)).sum().backward()
-    assert all(model.get_submodule(name).weight.grad is not None for name in uses(model))
+    assert all(model.get_submodule(name).weight.grad is not None for name in uses_by_name(model))
 
 
 def test_sync_batch_norm_replaces_every_batch_norm(kind):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
 import torch.nn.utils.prune as prune
 from additions import ADDITIONS, add
-from models import SMALL, error, images, small, unshared, uses
+from models import SMALL, error, images, kinds, slow_but_for, small, unshared, uses
 from torch.ao.quantization import ObserverBase, get_default_qat_qconfig_mapping, get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx, prepare_qat_fx
 from torch.fx.experimental.optimization import fuse, optimize_for_inference
@@ -26,7 +26,6 @@ from timm_sharesnet import fold, unshare
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
 slow = pytest.mark.slow
-kinds = pytest.mark.parametrize('kind', SMALL)
 
 DEPTHS = {'basic': (2, 1, 1, 1), 'bottleneck': (2, 1, 1, 1), 'preact': (3, 1, 1), 'wide': (3, 1, 1)}
 
@@ -52,11 +51,6 @@ each_net = pytest.mark.parametrize(
         for which in ('shared', 'twin', 'folded')
     ],
 )
-
-
-def slow_but_for(*default: str) -> pytest.MarkDecorator:
-    """Run the test on all kinds, of which only some are in the default run."""
-    return pytest.mark.parametrize('kind', [k if k in default else pytest.param(k, marks=slow) for k in SMALL])
 
 
 @pytest.fixture(autouse=True)

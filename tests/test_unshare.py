@@ -8,13 +8,12 @@ import timm
 import torch
 import torch.nn as nn
 from additions import add
-from models import SHALLOW, SMALL, TWINS, VARIANTS, create, error, images, small, twin_args, unshared
+from models import SHALLOW, SMALL, TWINS, VARIANTS, create, error, images, kinds, small, twin_args, unshared
 from timm.models import save_for_hf
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from timm_sharesnet import CifarResNetV2, PreActBottleneck, PreActWideBasic, SharedStage, fold, unshare
 
-kinds = pytest.mark.parametrize('kind', SMALL)
 CLASSES = {
     'basic': (ResNet, BasicBlock),
     'bottleneck': (ResNet, Bottleneck),
