@@ -18,6 +18,7 @@ IN_ONE_PROCESS = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's reads the marks
 def pytest_collection_modifyitems(items: 'list[pytest.Item]') -> None:
     for item in items:
         if item.path.stem in IN_ONE_PROCESS:

@@ -101,7 +101,10 @@ def create(name: str, **kwargs: Any) -> nn.Module:
 def small(kind: str, **kwargs: Any) -> nn.Module:
     """A small net of a kind in `SMALL` or `RUNS`."""
     name, small_kwargs = {**SMALL, **RUNS}[kind]
-    return create(name, **{**small_kwargs, **kwargs})
+    kwargs = {**small_kwargs, **kwargs}
+    if kwargs.get('features_only'):
+        kwargs.pop('num_classes', None)
+    return create(name, **kwargs)
 
 
 def images(model: nn.Module, n: int = 2) -> torch.Tensor:

@@ -447,9 +447,7 @@ def assert_equal_features(folded: nn.Module, model: nn.Module, x: torch.Tensor) 
 @kinds
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter'])
 def test_features_only_net_folds(kind, feature_cls):
-    name, kwargs = SMALL[kind]
-    kwargs = {k: v for k, v in kwargs.items() if k != 'num_classes'}
-    model = create(name, features_only=True, feature_cls=feature_cls, **kwargs).double()
+    model = small(kind, features_only=True, feature_cls=feature_cls).double()
     folded = fold(model)
     assert len(norms(folded)) < len(norms(model))
     assert {name.rpartition('.')[2] for name in norms(folded)} <= {*KEPT[kind], 'norm'}
@@ -527,9 +525,7 @@ def test_net_of_another_kind_in_the_same_model_computes_the_same(other):
 @kinds
 def test_net_taken_apart_into_a_graph_is_refused(kind):
     """Its blocks are not there any more."""
-    name, kwargs = SMALL[kind]
-    kwargs = {k: v for k, v in kwargs.items() if k != 'num_classes'}
-    model = create(name, features_only=True, feature_cls='fx', **kwargs)
+    model = small(kind, features_only=True, feature_cls='fx')
     with pytest.raises(TypeError, match='FeatureGraphNet has no stage of timm_sharesnet'):
         fold(model)
 

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from models import TWINS, create, images, unshared
+from models import SHALLOW, TWINS, VARIANTS, create, images, unshared
 from timm.models.resnet import Bottleneck
 
 from timm_sharesnet import ShaBasicBlock, ShaBottleneck, ShaResNet
@@ -48,38 +48,24 @@ def test_parameter_names_are_timm_s_but_for_the_stages():
     assert 'layer1.conv.weight' in names and 'layer1.blocks.0.conv2.weight' not in names
 
 
-SMALL = dict(layers=(2, 2, 2, 2), channels=(16, 24, 32, 40), num_classes=10)
-
-
 @pytest.mark.parametrize('output_stride', [8, 16, 32])
 @pytest.mark.parametrize('name', ['sharesnet34', 'sharesnet50'])
 def test_output_stride_dilates_as_in_timm(name, output_stride):
-    model = create(name, output_stride=output_stride, **SMALL).double()
+    model = create(name, output_stride=output_stride, **SHALLOW).double()
     x = torch.randn(1, 3, 64, 64, dtype=torch.double)
     assert model.forward_features(x).shape[-1] == 64 // output_stride
     torch.testing.assert_close(model(x), unshared(model)(x), rtol=1e-12, atol=0)
-    strided = create(name, **SMALL)
+    strided = create(name, **SHALLOW)
     assert model.state_dict().keys() == strided.state_dict().keys()
 
 
-@pytest.mark.parametrize(
-    'name,kwargs',
-    [
-        ('sharesnet50', dict(stem_type='deep', stem_width=16)),
-        ('sharesnet50', dict(stem_type='deep_tiered', replace_stem_pool=True)),
-        ('sharesnet50', dict(avg_down=True)),
-        ('sharesnet50', dict(aa_layer=timm.layers.BlurPool2d)),
-        ('sharesnet34', dict(aa_layer=nn.AvgPool2d)),
-        ('sharesnet50', dict(cardinality=8, base_width=4)),
-        ('sharesnet50', dict(block_args=dict(attn_layer='se'))),
-        ('sharesnet34', dict(block_args=dict(attn_layer='eca'))),
-        ('sharesnet50', dict(block_reduce_first=2)),
-        ('sharesnet50', dict(act_layer='silu', global_pool='catavgmax')),
-        ('sharesnet34', dict(down_kernel_size=3)),
-    ],
-)
+OTHER_DEPTHS_AND_RATES = {'layers', 'share_rate', 'drop_rate', 'num_classes'}
+IN_TIMM = [(name, kwargs) for name, kwargs in VARIANTS if name in COUNTS and not OTHER_DEPTHS_AND_RATES & {*kwargs}]
+
+
+@pytest.mark.parametrize('name,kwargs', IN_TIMM)
 def test_what_timm_s_resnet_can_vary_works_with_sharing(name, kwargs):
-    model = create(name, **SMALL, **kwargs).double()
+    model = create(name, **SHALLOW, **kwargs).double()
     assert all(model.get_submodule(f'layer{i}').conv is not None for i in (1, 2, 3, 4))
     x = images(model)
     torch.testing.assert_close(model(x), unshared(model)(x), rtol=1e-11, atol=1e-12)
@@ -95,7 +81,7 @@ def test_cardinality_of_basic_blocks_is_refused_as_in_timm():
 @pytest.mark.parametrize('rate', ['drop_path_rate', 'drop_block_rate', 'drop_rate'])
 @pytest.mark.parametrize('name', ['sharesnet34', 'sharesnet50'])
 def test_dropping_acts_in_training_only(name, rate):
-    model, plain = create(name, **SMALL, **{rate: 0.5}), create(name, **SMALL)
+    model, plain = create(name, **SHALLOW, **{rate: 0.5}), create(name, **SHALLOW)
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(model(x), plain(x))
     for net in model, plain:

@@ -247,11 +247,10 @@ def test_what_the_nets_can_vary_is_unshared(name, kwargs):
 @kinds
 @pytest.mark.parametrize('feature_cls', ['list', 'getter'])
 def test_features_only_net_becomes_that_of_the_twin(kind, feature_cls):
-    name, kwargs = SMALL[kind]
-    kwargs = {k: v for k, v in kwargs.items() if k != 'num_classes'}
-    model = create(name, features_only=True, feature_cls=feature_cls, **kwargs).double()
+    model = small(kind, features_only=True, feature_cls=feature_cls).double()
     plain = unshare(model)
-    twin = timm.create_model(TWINS[name], features_only=True, feature_cls=feature_cls, **kwargs).double().eval()
+    name, kwargs = model.made_by
+    twin = timm.create_model(TWINS[name], **kwargs).double().eval()
     twin.load_state_dict(plain.state_dict(), strict=True)
     x = torch.randn(2, 3, 64, 64, dtype=torch.double)
     for found in plain(x), twin(x):

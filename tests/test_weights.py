@@ -306,6 +306,11 @@ def load_file(folder, **kwargs):
     return timm.create_model('sharesnet164_cifar', pretrained=True, pretrained_cfg_overlay=overlay, **SMALL, **kwargs)
 
 
+def load_tensors(tensors):
+    overlay = dict(state_dict=tensors)
+    return timm.create_model('sharesnet164_cifar', pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+
+
 @pytest.mark.parametrize('load', [load_folder, load_file])
 @pytest.mark.parametrize('kwargs', ADAPTED, ids=ids)
 def test_own_weights_load(load, kwargs, small, write):
@@ -439,9 +444,7 @@ def test_classifier_that_does_not_fit_is_refused_with_the_cure_or_left_out_where
 def test_tensors_that_cannot_be_weights_are_refused(name, change, reason, small):
     tensors = {**small.tensors, name: change(small.tensors[name])}
     with pytest.raises(RuntimeError, match=f'{name} {reason}'):
-        timm.create_model(
-            'sharesnet164_cifar', pretrained=True, pretrained_cfg_overlay=dict(state_dict=tensors), **SMALL
-        )
+        load_tensors(tensors)
 
 
 def test_statistics_that_cannot_be_are_refused(small):
@@ -450,16 +453,13 @@ def test_statistics_that_cannot_be_are_refused(small):
         'norm.num_batches_tracked': torch.tensor(True),
     }.items():
         with pytest.raises(RuntimeError, match=f'nothing was loaded: {name} '):
-            overlay = dict(state_dict={**small.tensors, name: tensor})
-            timm.create_model('sharesnet164_cifar', pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+            load_tensors({**small.tensors, name: tensor})
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
 def test_weights_of_other_precision_load(dtype, small):
     tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in small.tensors.items()}
-    overlay = dict(state_dict=tensors)
-    model = timm.create_model('sharesnet164_cifar', pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
-    assert_equal(model.state_dict(), {k: v.to(small.tensors[k].dtype) for k, v in tensors.items()})
+    assert_equal(load_tensors(tensors).state_dict(), {k: v.to(small.tensors[k].dtype) for k, v in tensors.items()})
 
 
 @pytest.mark.parametrize('name', ['sharesnet164_cifar', 'sharesnet50'])
