@@ -14,8 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/python tests/demo.py
 
 test: lint
-	$(BIN)/python tests/timm_suite.py sharesnet34 sharesnet50 sharesnet164_cifar shawrn40_4
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -24,17 +23,16 @@ lint: $(VENV)/installed-test
 
 # What the default run leaves out for time
 test-slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 # timm's own tests/test_models.py on all our models
 timm-suite: $(VENV)/installed-test
-	$(BIN)/python tests/timm_suite.py
+	$(BIN)/python -m pytest -n 2 -m '' tests/test_timm.py
 
 # With the oldest versions that are allowed, all together, without two slow tests (Python 3.10 to 3.13, as of torch 2.6)
 test-oldest:
 	PIP_CONSTRAINT=$(CURDIR)/.ci/oldest.txt $(MAKE) VENV=$(OLDEST) $(OLDEST)/installed-test
-	$(OLDEST)/bin/python tests/timm_suite.py sharesnet50 sharesnet164_cifar
-	$(OLDEST)/bin/python -m pytest -k 'not inductor and not plain_install'
+	$(OLDEST)/bin/python -m pytest -n 2 -k 'not inductor and not plain_install'
 
 $(VENV)/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: make PYTHON=...')"

@@ -7,6 +7,7 @@ zero. `create` therefore gives every batch norm weights and statistics that are 
 import re
 from typing import Any, Dict, List, Tuple
 
+import pytest
 import timm
 import torch
 import torch.nn as nn
@@ -74,6 +75,14 @@ VARIANTS: List[Tuple[str, Dict[str, Any]]] = [
 ]
 SHARED, CIFAR_TWINS = list(TWINS), ['resnet164_cifar', 'wrn40_4', 'wrn28_10', 'resnet92_cifar', 'wrn28_4', 'wrn22_10']
 
+kinds = pytest.mark.parametrize('kind', SMALL)
+
+
+def slow_but_for(*default: str, name: str = 'kind', of: Any = SMALL) -> pytest.MarkDecorator:
+    """Run the test on all kinds, of which only some are in the default run."""
+    values = [value if value in default else pytest.param(value, marks=pytest.mark.slow) for value in of]
+    return pytest.mark.parametrize(name, values)
+
 
 def create(name: str, **kwargs: Any) -> nn.Module:
     """Net in evaluation mode whose batch norms have random weights and statistics, the same in each call."""
@@ -92,7 +101,10 @@ def create(name: str, **kwargs: Any) -> nn.Module:
 def small(kind: str, **kwargs: Any) -> nn.Module:
     """A small net of a kind in `SMALL` or `RUNS`."""
     name, small_kwargs = {**SMALL, **RUNS}[kind]
-    return create(name, **{**small_kwargs, **kwargs})
+    kwargs = {**small_kwargs, **kwargs}
+    if kwargs.get('features_only'):
+        kwargs.pop('num_classes', None)
+    return create(name, **kwargs)
 
 
 def images(model: nn.Module, n: int = 2) -> torch.Tensor:

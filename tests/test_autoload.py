@@ -1,4 +1,8 @@
-"""The models are there after `import timm` alone. Each case runs in an interpreter of its own."""
+"""The models are there after `import timm` alone. Each case runs in an interpreter of its own.
+
+A fork finds torch imported, and the hook as the end of `import torch` leaves it. A real interpreter imports torch
+within timm or our package, or not at all.
+"""
 
 import os
 import shutil
@@ -6,35 +10,40 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import timm
 
 SWITCHES = ('TIMM_SHARESNET_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD')
-slow = pytest.mark.slow  # a process each
 CREATE = "print(type(timm.create_model('sharesnet50', device='meta')).__name__)"
 
 
-def run(code, *options, **env):
-    """Run `code` in a fresh interpreter, return its standard output and standard error."""
-    clean = {k: v for k, v in os.environ.items() if k not in SWITCHES}
-    result = subprocess.run([sys.executable, *options, '-c', code], env=clean | env, capture_output=True, text=True)
+def run(code, *options, real=False, **env):
+    """Run `code` in an interpreter of its own, return its standard output and standard error."""
+    env = {k: v for k, v in os.environ.items() if k not in SWITCHES} | env
+    if real:
+        result = subprocess.run([sys.executable, *options, '-c', code], env=env, capture_output=True, text=True)
+    else:
+        result = forks.run(['-c', code], env)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip(), result.stderr
 
 
 @pytest.mark.parametrize(
-    'imports',
+    'imports,real',
     [
-        'import timm',
-        'import timm_sharesnet, timm',
-        pytest.param('import timm, timm_sharesnet', marks=slow),
-        pytest.param('from timm_sharesnet import SharedStage; import timm', marks=slow),
-        'from timm_sharesnet import CifarResNetV2, ShaResNet; import timm',
-        'import timm_sharesnet.weights, timm_sharesnet.preflight, timm',
+        ('import timm', True),
+        ('import timm', False),
+        ('import timm_sharesnet, timm', True),
+        ('import timm_sharesnet, timm', False),
+        ('import timm, timm_sharesnet', False),
+        ('from timm_sharesnet import SharedStage; import timm', False),
+        ('from timm_sharesnet import CifarResNetV2, ShaResNet; import timm', False),
+        ('import timm_sharesnet.weights, timm_sharesnet.preflight, timm', False),
     ],
 )
-def test_models_are_registered_after(imports):
-    assert run(f'{imports}; {CREATE}')[0] == 'ShaResNet'
+def test_models_are_registered_after(imports, real):
+    assert run(f'{imports}; {CREATE}', real=real)[0] == 'ShaResNet'
 
 
 @pytest.mark.parametrize('switch', SWITCHES)
@@ -44,12 +53,12 @@ def test_switch_turns_the_hook_off_and_explicit_import_registers(switch):
 
 
 def test_explicit_import_before_timm_registers_with_the_hook_off():
-    assert run(f'import timm_sharesnet, timm; {CREATE}', TIMM_SHARESNET_AUTOLOAD='0')[0] == 'ShaResNet'
+    assert run(f'import timm_sharesnet, timm; {CREATE}', real=True, TIMM_SHARESNET_AUTOLOAD='0')[0] == 'ShaResNet'
 
 
 def test_import_torch_loads_neither_timm_nor_the_models():
     code = "import sys, torch; print(sorted(m for m in sys.modules if m.split('.')[0] in ('timm', 'timm_sharesnet')))"
-    assert run(code)[0] == '[]'
+    assert run(code, real=True)[0] == '[]'
 
 
 def test_hook_imports_the_standard_library_only():
@@ -60,21 +69,23 @@ import timm_sharesnet
 timm_sharesnet._autoload.autoload()
 print(sorted(m for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names))
 """
-    assert run(code)[0] == "['timm_sharesnet', 'timm_sharesnet._autoload']"
+    assert run(code, real=True)[0] == "['timm_sharesnet', 'timm_sharesnet._autoload']"
 
 
-@pytest.mark.parametrize('options', [pytest.param((), marks=slow), ('-W', 'error')])
 @pytest.mark.parametrize(
-    'imports',
+    'imports,options,real',
     [
-        pytest.param('import timm', marks=slow),
-        'import timm, timm_sharesnet',
-        pytest.param('import torch, timm_sharesnet, timm', marks=slow),
+        ('import timm', (), False),
+        pytest.param('import timm', ('-W', 'error'), True, marks=pytest.mark.slow),
+        pytest.param('import timm, timm_sharesnet', (), True, marks=pytest.mark.slow),
+        ('import timm, timm_sharesnet', ('-W', 'error'), True),
+        ('import torch, timm_sharesnet, timm', (), False),
+        pytest.param('import torch, timm_sharesnet, timm', ('-W', 'error'), True, marks=pytest.mark.slow),
     ],
 )
-def test_broken_plugin_leaves_timm_working_and_warns(imports, options):
+def test_broken_plugin_leaves_timm_working_and_warns(imports, options, real):
     code = f"import sys; sys.modules['timm_sharesnet.resnet'] = None; {imports}; print(timm.is_model('resnet50'))"
-    out, err = run(code, *options)
+    out, err = run(code, *options, real=real)
     assert out == 'True'
     assert err.count('RuntimeWarning: timm-sharesnet could not register its models') == 1 + ('timm, ' in imports)
     assert 'timm_sharesnet.resnet' in err  # why
@@ -106,7 +117,7 @@ if __name__ == '__main__':
     with multiprocessing.get_context('spawn').Pool(1) as pool:
         print(pool.apply(timm.list_models, ('sharesnet50',)))
 """
-    assert run(code)[0] == "['sharesnet50']"
+    assert run(code, real=True)[0] == "['sharesnet50']"
 
 
 def test_hook_leaves_the_module_as_it_was():
@@ -148,7 +159,8 @@ sys.meta_path.insert(0, Lazy())
     ids=['zip file', 'finder that loads all of timm itself', 'lazy loader'],
 )
 def test_loader_of_timm_is_used_and_left_as_it_was(loader, tmp_path):
-    shutil.make_archive(tmp_path / 'timm', 'zip', Path(timm.__file__).parents[1], 'timm')
+    if loader.startswith('sys.path'):
+        shutil.make_archive(tmp_path / 'timm', 'zip', Path(timm.__file__).parents[1], 'timm')
     code = f"""
 import sys
 from importlib.machinery import PathFinder
@@ -195,14 +207,11 @@ class Instrumentation:  # of jaxtyping and typeguard
     'code',
     [
         'import timm_sharesnet\n' + FORGET.format('timm_sharesnet') + 'import timm_sharesnet',
-        pytest.param(
-            'import importlib, timm_sharesnet\n'
-            'importlib.reload(timm_sharesnet._autoload); importlib.reload(timm_sharesnet)',
-            marks=slow,
-        ),
-        pytest.param('import timm\n' + FORGET.format('timm'), marks=slow),
+        'import importlib, timm_sharesnet\n'
+        'importlib.reload(timm_sharesnet._autoload); importlib.reload(timm_sharesnet)',
+        'import timm\n' + FORGET.format('timm'),
         'import timm, timm_sharesnet.folding\n' + FORGET.format('timm') + 'import timm\n' + FORGET.format('timm'),
-        pytest.param(f'{OTHER_PLUGIN}\nsys.meta_path.insert(0, Other())', marks=slow),
+        f'{OTHER_PLUGIN}\nsys.meta_path.insert(0, Other())',
         f'{OTHER_PLUGIN}\nsys.meta_path.append(Other())',
         f'{INSTRUMENTATION.format(["timm"])}\nsys.meta_path.insert(0, Instrumentation())',
         f'{INSTRUMENTATION.format(["timm", "apex", "torchvision"])}\nsys.meta_path.insert(0, Instrumentation())\n'

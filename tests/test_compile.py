@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from typing import Any, List
 
 import numpy as np
 import onnx
@@ -11,30 +10,24 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from models import RUNS, SHARED, SMALL, create, images, small
+from models import RUNS, SHARED, SMALL, create, images, slow_but_for, small
 from torch._dynamo.testing import CompileCounterWithBackend
 
-kinds = pytest.mark.parametrize('kind', [*SMALL, *RUNS])
-slow = pytest.mark.slow
-
-
-def slow_but_for(*default: str) -> pytest.MarkDecorator:
-    """Run the test on all kinds, of which only some are in the default run."""
-    kinds = [*SMALL, *RUNS]
-    return pytest.mark.parametrize('kind', [k if k in default else pytest.param(k, marks=slow) for k in kinds])
+ALL = [*SMALL, *RUNS]
+kinds = pytest.mark.parametrize('kind', ALL)
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler() -> None:
+def fresh_compiler():
     torch._dynamo.reset()
 
 
 # ---- torch.compile
 
 
-@slow_but_for('bottleneck', 'wide')
+@slow_but_for('bottleneck', 'wide', of=ALL)
 @pytest.mark.parametrize('checkpointing', [False, True], ids=['', 'checkpointing'])
-def test_training_step_compiles_to_one_graph_with_equal_gradients(kind: str, checkpointing: bool) -> None:
+def test_training_step_compiles_to_one_graph_with_equal_gradients(kind, checkpointing):
     model = small(kind).double().train()
     compiled = copy.deepcopy(model)
     compiled.set_grad_checkpointing(checkpointing)
@@ -48,7 +41,7 @@ def test_training_step_compiles_to_one_graph_with_equal_gradients(kind: str, che
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-@slow_but_for('bottleneck', 'wide')
+@slow_but_for('bottleneck', 'wide', of=ALL)
 @pytest.mark.parametrize(
     'dynamic,sizes,graphs',
     [
@@ -57,7 +50,7 @@ def test_training_step_compiles_to_one_graph_with_equal_gradients(kind: str, che
     ],
     ids=['dynamic', 'automatic'],
 )
-def test_graphs_serve_all_batch_sizes(kind: str, dynamic: Any, sizes: List[int], graphs: int) -> None:
+def test_graphs_serve_all_batch_sizes(kind, dynamic, sizes, graphs):
     model = small(kind)
     counter = CompileCounterWithBackend('eager')
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
@@ -67,8 +60,8 @@ def test_graphs_serve_all_batch_sizes(kind: str, dynamic: Any, sizes: List[int],
     assert counter.frame_count == graphs
 
 
-@slow_but_for('wide')
-def test_inductor_computes_the_same(kind: str) -> None:
+@slow_but_for('wide', of=ALL)
+def test_inductor_computes_the_same(kind):
     model = small(kind)
     x = images(model)
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-3, atol=1e-4)
@@ -78,7 +71,7 @@ def test_inductor_computes_the_same(kind: str) -> None:
 
 
 @kinds
-def test_export_keeps_the_names_and_the_output(kind: str) -> None:
+def test_export_keeps_the_names_and_the_output(kind):
     model = small(kind)
     x = images(model)
     batch = torch.export.Dim('batch', min=2)
@@ -89,7 +82,7 @@ def test_export_keeps_the_names_and_the_output(kind: str) -> None:
 
 
 @kinds
-def test_torchscript_computes_the_same_and_survives_saving(kind: str, tmp_path: Path) -> None:
+def test_torchscript_computes_the_same_and_survives_saving(kind, tmp_path):
     model = small(kind)
     x = images(model)
     torch.jit.script(model).save(str(tmp_path / 'model.pt'))
@@ -98,7 +91,7 @@ def test_torchscript_computes_the_same_and_survives_saving(kind: str, tmp_path: 
     assert {k for k, _ in scripted.named_parameters()} == {k for k, _ in model.named_parameters()}
 
 
-def test_torchscript_keeps_stride_and_dilation_of_the_shared_convolution() -> None:
+def test_torchscript_keeps_stride_and_dilation_of_the_shared_convolution():
     model = small('bottleneck', output_stride=8)
     x = images(model)
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
@@ -125,8 +118,8 @@ def run_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
 
 
 @by_dynamo
-@slow_but_for('bottleneck')
-def test_onnx_stores_a_shared_convolution_once_and_computes_the_same(kind: str, tmp_path: Path) -> None:
+@slow_but_for('bottleneck', of=ALL)
+def test_onnx_stores_a_shared_convolution_once_and_computes_the_same(kind, tmp_path):
     model = small(kind)
     x = images(model)
     path = export_onnx(model, x, tmp_path / 'model.onnx')
@@ -139,8 +132,8 @@ def test_onnx_stores_a_shared_convolution_once_and_computes_the_same(kind: str, 
 
 
 @by_dynamo
-@pytest.mark.parametrize('name', ['shawrn40_4', *(pytest.param(n, marks=slow) for n in SHARED if n != 'shawrn40_4')])
-def test_onnx_file_of_each_model_is_as_small_as_its_weights(name: str, tmp_path: Path) -> None:
+@slow_but_for('shawrn40_4', name='name', of=SHARED)
+def test_onnx_file_of_each_model_is_as_small_as_its_weights(name, tmp_path):
     model = create(name)
     x = torch.randn(1, *model.pretrained_cfg['input_size'])
     path = export_onnx(model, x, tmp_path / 'model.onnx')

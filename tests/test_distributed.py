@@ -4,14 +4,15 @@ Not those of one process with the whole batch: each rank's batch norm normalizes
 on the CPU) are started once and compute all cases.
 """
 
+import os
+import sys
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Callable, Dict
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
 from models import RUNS, SMALL, images, small
@@ -85,9 +86,12 @@ def worker(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope='module')
-def results(tmp_path_factory: Any) -> Path:
+def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp('distributed')
-    mp.spawn(worker, (str(folder),), nprocs=2)
+    with (folder / 'log').open('w') as log, open(os.devnull) as nothing:
+        ranks = [forks.Program([__file__, str(rank), folder], [nothing, log, log]) for rank in (0, 1)]
+        codes = [rank.wait() for rank in ranks]
+    assert codes == [0, 0], (folder / 'log').read_text()
     return folder
 
 
@@ -99,9 +103,13 @@ def averaged_gradients(kind: str) -> Dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize('wrapper', WRAPPERS)
 @pytest.mark.parametrize('kind', [*SMALL, *RUNS])
-def test_both_ranks_have_the_gradients_of_one_process(kind: str, wrapper: str, results: Path) -> None:
+def test_both_ranks_have_the_gradients_of_one_process(kind, wrapper, results):
     if wrapper.startswith('fsdp') and FSDP_NEEDS_A_GPU:
         pytest.skip('FSDP2 of torch 2.6 does not run on a CPU')
     for rank in 0, 1:
         found = torch.load(results / f'{kind}-{wrapper}-{rank}.pt')
         torch.testing.assert_close(found, averaged_gradients(kind), rtol=1e-9, atol=1e-12)
+
+
+if __name__ == '__main__':
+    worker(int(sys.argv[1]), sys.argv[2])

@@ -3,109 +3,109 @@
 import copy
 import errno
 import os
-import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
+import forks
 import onnx
 import pytest
 import timm
 import torch
 import torch.nn as nn
 from demo import load_images
-from models import SHARED, SMALL, create, images, kernels, small
+from models import SHARED, create, error, images, kernels, kinds, slow_but_for, small
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
-from timm_sharesnet import SharedStage, fold, unshare
+from timm_sharesnet import fold, unshare
 from timm_sharesnet.cli import CommandError
-from timm_sharesnet.export import (
-    export,
-    export_onnx,
-    inspect,
-    main,
-    open_session,
-    quantize,
-    run,
-    session_memory,
-)
+from timm_sharesnet.export import export, export_onnx, inspect, main, open_session, quantize, run, session_memory
 from timm_sharesnet.loading import load_model
 
-kinds = pytest.mark.parametrize('kind', SMALL)
 slow = pytest.mark.slow
-
-
-def slow_but_for(*default: str) -> pytest.MarkDecorator:
-    """Run the test on all kinds, of which only some are in the default run."""
-    return pytest.mark.parametrize('kind', [k if k in default else pytest.param(k, marks=slow) for k in SMALL])
 
 
 SIZE = (3, 32, 32)
 
 
-def uses(model: nn.Module) -> int:
+FORMS = {
+    'folded': fold,
+    'folded twin': lambda model: fold(unshare(model)),
+    'not folded': lambda model: model,
+    "timm's reparam": reparameterize_model,
+}
+
+
+@pytest.fixture(scope='session')
+def file(tmp_path_factory):
+    """The file of a net, of a kind or by name, in one of `FORMS`: written once for all tests that read it."""
+
+    @lru_cache(maxsize=None)
+    def write(net, form):
+        model = create(net) if net in SHARED else small(net)
+        path = tmp_path_factory.mktemp('file') / 'net.onnx'
+        export_onnx(FORMS[form](model), path, model.pretrained_cfg['input_size'] if net in SHARED else SIZE)
+        return path
+
+    return write
+
+
+def computed(model: nn.Module) -> int:
     """Number of 3x3 convolutions that a forward pass computes."""
-    stages = [m for m in model.modules() if isinstance(m, SharedStage) and m.conv is not None]
-    return kernels(model) - len(stages) + sum(block.conv2 is None for stage in stages for block in stage.blocks)
+    return kernels(unshare(model))
+
+
+def outputs(path: Path, x: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(run(open_session(path), x.numpy()))
 
 
 # ---- What ONNX Runtime holds
 
 
 @kinds
-def test_optimised_net_that_is_folded_holds_each_shared_kernel_once(kind: str, tmp_path: Path) -> None:
+def test_optimised_net_that_is_folded_holds_each_shared_kernel_once(kind, file):
     model = small(kind)
-    x = images(model)
-    export_onnx(fold(model), tmp_path / 'net.onnx', SIZE)
-    found = inspect(tmp_path / 'net.onnx')
-    assert (found.kernels, found.uses) == (kernels(model), uses(model))
-    assert uses(model) > kernels(model)
-    output = torch.from_numpy(run(open_session(tmp_path / 'net.onnx'), x.numpy()))
-    assert (output - model(x)).abs().max() <= 1e-5 * output.abs().max()
+    x, found = images(model), inspect(file(kind, 'folded'))
+    assert (found.kernels, found.uses) == (kernels(model), computed(model))
+    assert computed(model) > kernels(model)
+    assert error(outputs(file(kind, 'folded'), x), model(x)) <= 1e-5
 
 
 @slow_but_for('bottleneck')
-def test_optimised_net_that_is_not_folded_holds_a_kernel_for_each_use_as_the_twin(kind: str, tmp_path: Path) -> None:
+def test_optimised_net_that_is_not_folded_holds_a_kernel_for_each_use_as_the_twin(kind, file):
     """What `fold` is for. If it fails, ONNX Runtime is cured."""
     model = small(kind)
-    for net in model, fold(unshare(model)):
-        export_onnx(net, tmp_path / 'net.onnx', SIZE)
-        # No batch norm follows the shared convolution of a wide block: nothing is folded into it in any case.
-        once = kind == 'wide' and net is model
-        assert inspect(tmp_path / 'net.onnx').kernels == (kernels(model) if once else uses(model))
+    # No batch norm follows the shared convolution of a wide block: nothing is folded into it in any case.
+    once = kind == 'wide'
+    assert inspect(file(kind, 'not folded')).kernels == (kernels(model) if once else computed(model))
+    assert inspect(file(kind, 'folded twin')).kernels == computed(model)
 
 
 @slow_but_for('basic', 'preact')
-def test_int8_file_holds_each_shared_kernel_once_and_agrees_with_the_twin_s(kind: str, tmp_path: Path) -> None:
+def test_int8_file_holds_each_shared_kernel_once_and_agrees_with_the_twin_s(kind, file, tmp_path):
     model = small(kind)
-    calibration = [images(model, 16).numpy()]
+    x = images(model, 16)
     errors, sizes = [], []
-    for net in fold(model), fold(unshare(model)):
-        export_onnx(net, tmp_path / 'net.onnx', SIZE)
-        quantize(tmp_path / 'net.onnx', tmp_path / 'int8.onnx', calibration)
+    for form, expected in ('folded', kernels(model)), ('folded twin', computed(model)):
+        quantize(file(kind, form), tmp_path / 'int8.onnx', [x.numpy()])
         contents = inspect(tmp_path / 'int8.onnx')
-        assert (contents.kernels, contents.uses) == (kernels(net), uses(model))
-        output = run(open_session(tmp_path / 'int8.onnx'), calibration[0])
-        expected = model(images(model, 16)).detach().numpy()
-        errors.append(abs(output - expected).max() / abs(expected).max())
+        assert (contents.kernels, contents.uses) == (expected, computed(model))
+        errors.append(error(outputs(tmp_path / 'int8.onnx', x), model(x)))
         sizes.append(contents.weight_bytes)
     assert errors[0] <= 2 * errors[1] + 0.05 and errors[1] < 0.5
     assert sizes[0] < sizes[1]
 
 
-@pytest.mark.parametrize('name', ['shawrn40_4', *(pytest.param(n, marks=slow) for n in SHARED if n != 'shawrn40_4')])
-def test_each_model_takes_the_memory_of_its_own_weights(name: str, tmp_path: Path) -> None:
+@slow_but_for('shawrn40_4', name='name', of=SHARED)
+def test_each_model_takes_the_memory_of_its_own_weights(name, file):
     model = create(name)
-    size = model.pretrained_cfg['input_size']
-    held, contents = [], []
-    for net in fold(model), fold(unshare(model)):
-        export_onnx(net, tmp_path / f'{len(held)}.onnx', size)
-        contents.append(inspect(tmp_path / f'{len(held)}.onnx'))
-        memory = session_memory(tmp_path / f'{len(held)}.onnx')
-        held.append(memory and memory.held)
-    assert (contents[0].kernels, contents[1].kernels) == (kernels(model), uses(model))
-    saved = contents[1].weight_bytes - contents[0].weight_bytes
+    paths = file(name, 'folded'), file(name, 'folded twin')
+    shared, twin = map(inspect, paths)
+    held = [memory and memory.held for memory in map(session_memory, paths)]
+    assert (shared.kernels, twin.kernels) == (kernels(model), computed(model))
+    saved = twin.weight_bytes - shared.weight_bytes
     parameters = sum(p.numel() for p in unshare(model).parameters()) - sum(p.numel() for p in model.parameters())
     assert saved == pytest.approx(4 * parameters, rel=0.02)
     if held[0] is not None:
@@ -113,27 +113,24 @@ def test_each_model_takes_the_memory_of_its_own_weights(name: str, tmp_path: Pat
 
 
 @slow_but_for('bottleneck')
-def test_reparam_of_timm_s_scripts_keeps_the_kernels_too(kind: str, tmp_path: Path) -> None:
-    model = small(kind)
-    export_onnx(reparameterize_model(model), tmp_path / 'net.onnx', SIZE)
-    assert inspect(tmp_path / 'net.onnx').kernels == kernels(model)
+def test_reparam_of_timm_s_scripts_keeps_the_kernels_too(kind, file):
+    assert inspect(file(kind, "timm's reparam")).kernels == kernels(small(kind))
 
 
-def test_weights_beyond_16_mb_are_in_a_second_file(tmp_path: Path) -> None:
+def test_weights_beyond_16_mb_are_in_a_second_file(file):
+    path = file('shawrn40_4', 'folded')
+    second = path.with_name('net.onnx_data')
+    assert {p.name for p in path.parent.iterdir()} == {path.name, second.name}
+    assert path.stat().st_size < 1e6
+    assert second.stat().st_mode == path.stat().st_mode
+    assert inspect(path).bytes > 23e6
     model = create('shawrn40_4')
-    export_onnx(fold(model), tmp_path / 'net.onnx', SIZE)
-    assert {p.name for p in tmp_path.iterdir()} == {'net.onnx', 'net.onnx_data'}
-    assert (tmp_path / 'net.onnx').stat().st_size < 1e6
-    assert (tmp_path / 'net.onnx_data').stat().st_mode == (tmp_path / 'net.onnx').stat().st_mode
-    assert inspect(tmp_path / 'net.onnx').bytes > 23e6
     x = images(model)
-    output = torch.from_numpy(run(open_session(tmp_path / 'net.onnx'), x.numpy()))
-    torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs(path, x), model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_files_do_not_tell_where_they_were_made(tmp_path: Path) -> None:
-    export_onnx(fold(small('preact')), tmp_path / 'net.onnx', SIZE)
-    content = (tmp_path / 'net.onnx').read_bytes()
+def test_files_do_not_tell_where_they_were_made(file):
+    content = file('preact', 'folded').read_bytes()
     assert b'layer1.conv.weight' in content
     assert b'.py' not in content and str(Path(timm.__file__).parents[1]).encode() not in content
 
@@ -142,7 +139,7 @@ def test_files_do_not_tell_where_they_were_made(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory: Any) -> Path:
+def folder(tmp_path_factory):
     """60 real images in class folders, and a checkpoint of a small net as train.py writes it."""
     folder = tmp_path_factory.mktemp('export')
     pictures, labels, classes = load_images()
@@ -161,7 +158,7 @@ def folder(tmp_path_factory: Any) -> Path:
 NET = ['sharesnet164_cifar', '--num-classes', '5', '--model-kwargs', 'layers=(3, 3, 1)']
 
 
-def test_command_writes_fp32_fp16_and_int8_of_a_checkpoint(folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_command_writes_fp32_fp16_and_int8_of_a_checkpoint(folder, tmp_path, capsys):
     options = ['--checkpoint', str(folder / 'c.pth'), '--output', str(tmp_path / 'net.onnx'), '--fp16', '--int8']
     options += ['--calibration-dir', str(folder / 'images'), '--calibration-images', '20']
     assert main([*NET, *options]) == 0, capsys.readouterr().err
@@ -178,18 +175,18 @@ def test_command_writes_fp32_fp16_and_int8_of_a_checkpoint(folder: Path, tmp_pat
             output = torch.from_numpy(run(session, x[:n].numpy()))
             assert (output - model(x[:n])).abs().max() <= tolerance * output.abs().max()
         line = next(line for line in lines if line.startswith(f'{name}: '))
-        assert f'{kernels(model)} 3x3 kernels for {uses(model)} uses' in line
+        assert f'{kernels(model)} 3x3 kernels for {computed(model)} uses' in line
     assert f'calibrating int8 on 20 of 60 images of {folder / "images"}' in lines
     assert 'of 40 others' in lines[-1]
 
 
-def test_command_reads_a_local_dir(tmp_path: Path) -> None:
+def test_command_reads_a_local_dir(tmp_path):
     model = small('basic')
     save_for_hf(model, tmp_path / 'net', model_args=model.made_by[1], safe_serialization=True)
     options = ['--output', str(tmp_path / 'net.onnx'), '--img-size', '32']
     assert main([f'local-dir:{tmp_path / "net"}', *options]) == 0
     x = images(model)
-    output = torch.from_numpy(run(open_session(tmp_path / 'net.onnx'), x.numpy()))
+    output = outputs(tmp_path / 'net.onnx', x)
     assert (output - model(x)).abs().max() <= 1e-4 * output.abs().max()
 
 
@@ -214,9 +211,7 @@ def test_command_reads_a_local_dir(tmp_path: Path) -> None:
         (['sharesnet164_cifar', '--output', 'o.onnx', '--model-kwargs', 'colour=3'], 'colour'),
     ],
 )
-def test_command_refuses_in_one_line_and_leaves_nothing(
-    folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, argv: List[str], complaint: str
-) -> None:
+def test_command_refuses_in_one_line_and_leaves_nothing(folder, tmp_path, monkeypatch, capsys, argv, complaint):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'c.pth').write_bytes((folder / 'c.pth').read_bytes())
     (tmp_path / 'bad.pth').write_bytes(b'PK not a checkpoint')
@@ -232,7 +227,7 @@ def test_command_refuses_in_one_line_and_leaves_nothing(
     assert (tmp_path / 'old.onnx').read_bytes() == b'old'
 
 
-def test_force_replaces_the_files_of_before(tmp_path: Path) -> None:
+def test_force_replaces_the_files_of_before(tmp_path):
     (tmp_path / 'net.onnx').write_bytes(b'old')
     (tmp_path / 'net.onnx_data').write_bytes(b'old weights')
     list(export(small('wide'), tmp_path / 'net.onnx', force=True))
@@ -240,7 +235,7 @@ def test_force_replaces_the_files_of_before(tmp_path: Path) -> None:
     onnx.checker.check_model(str(tmp_path / 'net.onnx'))
 
 
-def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules['timm_sharesnet.export'], 'fold', lambda model: small('preact'))
     with pytest.raises(CommandError, match='differs from the net'):
         list(export(small('wide'), tmp_path / 'net.onnx'))
@@ -256,13 +251,13 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
         pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')),
     ],
 )
-def test_a_net_of_another_precision_or_device_is_written_in_fp32_and_not_changed(to: Any, tmp_path: Path) -> None:
+def test_a_net_of_another_precision_or_device_is_written_in_fp32_and_not_changed(to, tmp_path):
     model = small('wide').to(to)
     before = copy.deepcopy(model.state_dict())
     list(export(model, tmp_path / 'net.onnx'))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     model = model.to('cpu', torch.float32)
-    output = torch.from_numpy(run(open_session(tmp_path / 'net.onnx'), images(model).numpy()))
+    output = outputs(tmp_path / 'net.onnx', images(model))
     assert (output - model(images(model))).abs().max() <= 1e-4 * output.abs().max()
     assert {tensor.data_type for tensor in onnx.load(tmp_path / 'net.onnx').graph.initializer} <= {
         onnx.TensorProto.FLOAT,
@@ -270,7 +265,7 @@ def test_a_net_of_another_precision_or_device_is_written_in_fp32_and_not_changed
     }
 
 
-def test_a_net_without_values_is_refused(tmp_path: Path) -> None:
+def test_a_net_without_values_is_refused(tmp_path):
     part = small('wide')
     part.norm.to('meta')
     for model in timm.create_model('shawrn40_4', device='meta').eval(), part:
@@ -279,20 +274,20 @@ def test_a_net_without_values_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_net_of_several_outputs_is_refused_and_nothing_written(tmp_path: Path) -> None:
+def test_a_net_of_several_outputs_is_refused_and_nothing_written(tmp_path):
     model = create('sharesnet164_cifar', layers=(2, 2, 2), features_only=True)
     with pytest.raises(CommandError, match='the net gives a list, and a file is written of one that gives a tensor'):
         list(export(model, tmp_path / 'net.onnx', (3, 32, 32)))
     assert not any(tmp_path.iterdir())
 
 
-def test_images_of_another_size_are_refused_as_torch_says_it(tmp_path: Path) -> None:
+def test_images_of_another_size_are_refused_as_torch_says_it(tmp_path):
     with pytest.raises(CommandError, match=r'does not take images of \(1, 32, 32\): .*to have 3 channels'):
         list(export(small('wide').half(), tmp_path / 'net.onnx', (1, 32, 32)))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_net_of_one_channel_is_written_for_its_images(tmp_path: Path) -> None:
+def test_a_net_of_one_channel_is_written_for_its_images(tmp_path):
     list(export(small('wide', in_chans=1), tmp_path / 'net.onnx'))
     assert open_session(tmp_path / 'net.onnx').get_inputs()[0].shape[1:] == [1, 32, 32]
 
@@ -305,15 +300,8 @@ def test_a_net_of_one_channel_is_written_for_its_images(tmp_path: Path) -> None:
     ],
 )
 def test_a_full_disk_is_said_in_one_line_and_nothing_is_left(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: Any,
-    capsys: Any,
-    module: Any,
-    function: str,
-    error: OSError,
-    message: str,
-) -> None:
+    folder, tmp_path, monkeypatch, capsys, module, function, error, message
+):
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
@@ -324,7 +312,7 @@ def test_a_full_disk_is_said_in_one_line_and_nothing_is_left(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_onnx_runtime_cannot_do_is_said_with_the_folder_that_may_be_full(tmp_path: Path) -> None:
+def test_what_onnx_runtime_cannot_do_is_said_with_the_folder_that_may_be_full(tmp_path):
     (tmp_path / 'bad.onnx').write_bytes(b'no model')
     with pytest.raises(CommandError, match='^bad.onnx cannot be optimised, with temporary files in .*Protobuf'):
         inspect(tmp_path / 'bad.onnx')
@@ -333,14 +321,13 @@ def test_what_onnx_runtime_cannot_do_is_said_with_the_folder_that_may_be_full(tm
     assert [path.name for path in tmp_path.iterdir()] == ['bad.onnx']
 
 
-def test_missing_packages_are_named_with_the_extra(tmp_path: Path) -> None:
+def test_missing_packages_are_named_with_the_extra(tmp_path):
     code = "import sys; sys.modules['onnxscript'] = None; from timm_sharesnet.export import main; sys.exit(main())"
-    command = [sys.executable, '-c', code, 'sharesnet164_cifar', '--output', str(tmp_path / 'net.onnx')]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = forks.run(['-c', code, 'sharesnet164_cifar', '--output', tmp_path / 'net.onnx'])
     assert result.returncode == 2
     assert "onnxscript is not installed: pip install 'timm-sharesnet[onnx]'" in result.stderr
 
 
-def test_averaged_weights_are_preferred(folder: Path) -> None:
+def test_averaged_weights_are_preferred(folder):
     model = load_model('sharesnet164_cifar', folder / 'c.pth', 5, model_kwargs={'layers': (3, 3, 1)})
     assert torch.equal(model.conv1.weight, small('preact', num_classes=5).conv1.weight)

@@ -3,15 +3,14 @@
 import copy
 import pickle
 from collections import Counter
-from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
 from additions import ADDITIONS, add
-from models import SHALLOW, SMALL, VARIANTS, create, error, images, small, unshared, uses
+from models import SHALLOW, SMALL, VARIANTS, create, error, images, kinds, small, unshared, uses
 from safetensors.torch import load_file, save_file
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
@@ -22,7 +21,6 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from timm_sharesnet import SharedStage, SharingBlock, fold
 from timm_sharesnet.conv_bn import MAX_SHIFT
 
-kinds = pytest.mark.parametrize('kind', SMALL)
 slow = pytest.mark.slow
 
 
@@ -37,7 +35,7 @@ NORMS = nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d
 
 
 @pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
+def no_grad():
     with torch.no_grad():
         yield
 
@@ -73,14 +71,14 @@ def form(block: SharingBlock) -> str:
 
 @kinds
 @nets
-def test_folded_net_computes_the_same(kind: str, net: Callable) -> None:
+def test_folded_net_computes_the_same(kind, net):
     model = net(kind).double()
     assert_equal_outputs(fold(model), model, images(model))
 
 
 @kinds
 @nets
-def test_folded_net_gives_the_same_features(kind: str, net: Callable) -> None:
+def test_folded_net_gives_the_same_features(kind, net):
     model = net(kind).double()
     folded, x = fold(model), images(model)
     assert error(folded.forward_features(x), model.forward_features(x)) <= 1e-12
@@ -117,7 +115,7 @@ def harden(model: nn.Module, channels: Channels) -> nn.Module:
 @kinds
 @nets_twins_slow
 @pytest.mark.parametrize('scales', HARD)
-def test_scales_of_any_sign_and_size_fold_exactly(kind: str, net: Callable, scales: str) -> None:
+def test_scales_of_any_sign_and_size_fold_exactly(kind, net, scales):
     model = harden(net(kind).double(), HARD[scales])
     assert_equal_outputs(fold(model), model, images(model))
 
@@ -125,7 +123,7 @@ def test_scales_of_any_sign_and_size_fold_exactly(kind: str, net: Callable, scal
 @kinds
 @nets_twins_slow
 @pytest.mark.parametrize('size', [50, 1e6])
-def test_biases_far_from_zero_fold_exactly(kind: str, net: Callable, size: float) -> None:
+def test_biases_far_from_zero_fold_exactly(kind, net, size):
     model = net(kind).double()
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -135,7 +133,7 @@ def test_biases_far_from_zero_fold_exactly(kind: str, net: Callable, size: float
 
 @kinds
 @pytest.mark.parametrize('scales', ['some negative', 'all near zero', 'mixture'])
-def test_folded_net_loses_nothing_in_single_precision(kind: str, scales: str) -> None:
+def test_folded_net_loses_nothing_in_single_precision(kind, scales):
     model = harden(small(kind), HARD[scales])
     x = images(model)
     assert error(fold(model)(x), model(x)) <= 1e-5
@@ -147,7 +145,7 @@ SHRINK = 0.3 / MAX_SHIFT  # scales that just move: shifts of up to the bound, ke
 @kinds
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('scales', ['moved', 'near zero', 'some negative'])
-def test_folded_net_is_as_accurate_as_the_net_in_half_precision(kind: str, dtype: torch.dtype, scales: str) -> None:
+def test_folded_net_is_as_accurate_as_the_net_in_half_precision(kind, dtype, scales):
     model = small(kind)
     if scales == 'moved':
         for block in uses(model):
@@ -175,14 +173,14 @@ KEPT = {'basic': [], 'bottleneck': [], 'preact': ['bn1', 'norm'], 'wide': ['bn1'
 
 @kinds
 @nets
-def test_only_batch_norms_without_a_convolution_before_them_are_left(kind: str, net: Callable) -> None:
+def test_only_batch_norms_without_a_convolution_before_them_are_left(kind, net):
     model = net(kind)
     expected = [name for name in norms(model) if name.rpartition('.')[2] in KEPT[kind]]
     assert norms(fold(model)) == expected
 
 
 @kinds
-def test_use_of_a_shared_convolution_takes_the_form_of_its_kind_of_block(kind: str) -> None:
+def test_use_of_a_shared_convolution_takes_the_form_of_its_kind_of_block(kind):
     folded = fold(small(kind))
     assert {form(block) for block in uses(folded)} == FORMS[kind]
 
@@ -207,7 +205,7 @@ def set_shift(norm: nn.BatchNorm2d, shift: float) -> None:
     ],
     ids=['negative', 'zero', 'all zero', 'shift', 'negative shift', 'large shift', 'large negative shift'],
 )
-def test_scale_moves_unless_a_channel_is_negative_or_shifts_too_far(kind: str, change: Callable, expected: str) -> None:
+def test_scale_moves_unless_a_channel_is_negative_or_shifts_too_far(kind, change, expected):
     model = small(kind).double()
     block = model.layer1.blocks[1]
     change(getattr(block, norm_name(block)))
@@ -217,14 +215,14 @@ def test_scale_moves_unless_a_channel_is_negative_or_shifts_too_far(kind: str, c
 
 
 @pytest.mark.parametrize('act_layer', ['silu', 'leaky_relu', 'relu6'])
-def test_scale_does_not_move_past_another_activation_than_relu(act_layer: str) -> None:
+def test_scale_does_not_move_past_another_activation_than_relu(act_layer):
     model = small('bottleneck', act_layer=act_layer).double()
     folded = fold(model)
     assert {form(block) for block in uses(folded)} == {'depthwise'}
     assert_equal_outputs(folded, model, images(model))
 
 
-def test_constants_of_channels_with_scale_zero_reach_the_output() -> None:
+def test_constants_of_channels_with_scale_zero_reach_the_output():
     """Guards the tests of zero scales: dropping relu(c) of such a channel would be noticed."""
     model = harden(small('bottleneck').double(), HARD['some zero'])
     changed = copy.deepcopy(model)
@@ -237,7 +235,7 @@ def test_constants_of_channels_with_scale_zero_reach_the_output() -> None:
 
 
 @kinds
-def test_each_shared_kernel_is_stored_once_as_it_was(kind: str) -> None:
+def test_each_shared_kernel_is_stored_once_as_it_was(kind):
     model = small(kind)
     folded = fold(model)
     stages = [name for name, m in model.named_modules() if isinstance(m, SharedStage) and m.conv is not None]
@@ -255,7 +253,7 @@ def test_each_shared_kernel_is_stored_once_as_it_was(kind: str) -> None:
 
 @kinds
 @nets
-def test_each_folded_batch_norm_saves_a_parameter_per_channel(kind: str, net: Callable) -> None:
+def test_each_folded_batch_norm_saves_a_parameter_per_channel(kind, net):
     model = net(kind)
     stay = KEPT[kind] + (['bn2'] if kind == 'basic' and net is small else [])  # bn2: depthwise, weight and bias
     channels = {name: len(m.weight) for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
@@ -268,7 +266,7 @@ def test_each_folded_batch_norm_saves_a_parameter_per_channel(kind: str, net: Ca
 
 @kinds
 @nets
-def test_model_is_not_changed(kind: str, net: Callable) -> None:
+def test_model_is_not_changed(kind, net):
     model = net(kind)
     before, names = copy.deepcopy(model.state_dict()), norms(model)
     fold(model)
@@ -278,7 +276,7 @@ def test_model_is_not_changed(kind: str, net: Callable) -> None:
 
 @kinds
 @nets_twins_slow
-def test_folded_net_shares_no_memory_with_the_model(kind: str, net: Callable) -> None:
+def test_folded_net_shares_no_memory_with_the_model(kind, net):
     model = net(kind)
     folded, x = fold(model), images(model)
     before = folded(x)
@@ -289,14 +287,14 @@ def test_folded_net_shares_no_memory_with_the_model(kind: str, net: Callable) ->
 
 @kinds
 @nets_twins_slow
-def test_folding_twice_changes_nothing(kind: str, net: Callable) -> None:
+def test_folding_twice_changes_nothing(kind, net):
     folded = fold(net(kind))
     torch.testing.assert_close(fold(folded).state_dict(), folded.state_dict(), rtol=0, atol=0)
 
 
 @kinds
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
-def test_dtype_mode_and_memory_format_are_the_model_s(kind: str, dtype: torch.dtype) -> None:
+def test_dtype_mode_and_memory_format_are_the_model_s(kind, dtype):
     model = small(kind).to(dtype=dtype, memory_format=torch.channels_last)
     folded = fold(model)
     assert {t.dtype for t in folded.state_dict().values() if t.is_floating_point()} == {dtype}
@@ -325,7 +323,7 @@ forms = pytest.mark.parametrize('saved,fresh', [(small, small), (small, other_fo
 
 @kinds
 @forms
-def test_state_dict_loads_strictly_into_any_folded_net(kind: str, saved: Any, fresh: Any, tmp_path: Path) -> None:
+def test_state_dict_loads_strictly_into_any_folded_net(kind, saved, fresh, tmp_path):
     folded = fold(saved(kind))
     save_file(folded.state_dict(), tmp_path / 'folded.safetensors')
     loaded = fold(fresh(kind))
@@ -340,7 +338,7 @@ def test_state_dict_loads_strictly_into_any_folded_net(kind: str, saved: Any, fr
 
 
 @kinds
-def test_state_dict_loads_into_the_folded_net_that_timm_creates(kind: str) -> None:
+def test_state_dict_loads_into_the_folded_net_that_timm_creates(kind):
     folded = fold(small(kind))
     name, kwargs = folded.made_by
     loaded = fold(timm.create_model(name, **kwargs).eval())  # timm's last batch norms have scale zero
@@ -350,7 +348,7 @@ def test_state_dict_loads_into_the_folded_net_that_timm_creates(kind: str) -> No
 
 @kinds
 @pytest.mark.parametrize('assign', [False, True])
-def test_state_dict_keeps_the_type_of_the_net_that_loads_it(kind: str, assign: bool) -> None:
+def test_state_dict_keeps_the_type_of_the_net_that_loads_it(kind, assign):
     folded = fold(small(kind))
     loaded = fold(other_form(kind).double())
     loaded.load_state_dict(folded.state_dict(), assign=assign)
@@ -361,7 +359,7 @@ def test_state_dict_keeps_the_type_of_the_net_that_loads_it(kind: str, assign: b
 
 @kinds
 @nets_twins_slow
-def test_state_dicts_of_folded_and_unfolded_nets_are_not_confused(kind: str, net: Callable) -> None:
+def test_state_dicts_of_folded_and_unfolded_nets_are_not_confused(kind, net):
     model = net(kind)
     folded = fold(model)
     for target, source in (folded, model), (model, folded):
@@ -372,7 +370,7 @@ def test_state_dicts_of_folded_and_unfolded_nets_are_not_confused(kind: str, net
 @kinds
 @nets_twins_slow
 @pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
-def test_folded_net_can_be_copied_and_pickled(kind: str, net: Callable, clone: Callable) -> None:
+def test_folded_net_can_be_copied_and_pickled(kind, net, clone):
     folded = fold(net(kind))
     x = images(folded)
     assert torch.equal(clone(folded)(x), folded(x))
@@ -380,7 +378,7 @@ def test_folded_net_can_be_copied_and_pickled(kind: str, net: Callable, clone: C
 
 @kinds
 @pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
-def test_copy_of_a_folded_net_takes_the_form_that_it_loads(kind: str, clone: Callable) -> None:
+def test_copy_of_a_folded_net_takes_the_form_that_it_loads(kind, clone):
     original, other = fold(small(kind)), fold(other_form(kind))
     x = images(original)
     before = original(x)
@@ -412,7 +410,7 @@ def variant(name: str, kwargs: Dict[str, Any]) -> Tuple[nn.Module, torch.Tensor]
 
 
 @pytest.mark.parametrize('name,kwargs', VARIANTS)
-def test_what_the_nets_can_vary_folds(name: str, kwargs: Dict[str, Any]) -> None:
+def test_what_the_nets_can_vary_folds(name, kwargs):
     model, x = variant(name, kwargs)
     folded = fold(model)
     assert all(form(block) in ('bias', 'depthwise') for block in uses(folded)) or name == 'shawrn40_4'
@@ -420,7 +418,7 @@ def test_what_the_nets_can_vary_folds(name: str, kwargs: Dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize('name,kwargs', PLAIN)
-def test_timm_s_plain_resnets_fold(name: str, kwargs: Dict[str, Any]) -> None:
+def test_timm_s_plain_resnets_fold(name, kwargs):
     model, x = variant(name, {'layers': (1, 2, 1, 1), **kwargs})
     folded = fold(model)
     assert norms(model) and not norms(folded)
@@ -428,7 +426,7 @@ def test_timm_s_plain_resnets_fold(name: str, kwargs: Dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize('name', ['sharesnet34', 'sharesnet50', 'resnet50'])
-def test_norm_layer_of_another_kind_stays(name: str) -> None:
+def test_norm_layer_of_another_kind_stays(name):
     def group_norm(chs: int, **kwargs: Any) -> nn.GroupNorm:
         return nn.GroupNorm(4, chs, **kwargs)
 
@@ -448,10 +446,8 @@ def assert_equal_features(folded: nn.Module, model: nn.Module, x: torch.Tensor) 
 
 @kinds
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter'])
-def test_features_only_net_folds(kind: str, feature_cls: str) -> None:
-    name, kwargs = SMALL[kind]
-    kwargs = {k: v for k, v in kwargs.items() if k != 'num_classes'}
-    model = create(name, features_only=True, feature_cls=feature_cls, **kwargs).double()
+def test_features_only_net_folds(kind, feature_cls):
+    model = small(kind, features_only=True, feature_cls=feature_cls).double()
     folded = fold(model)
     assert len(norms(folded)) < len(norms(model))
     assert {name.rpartition('.')[2] for name in norms(folded)} <= {*KEPT[kind], 'norm'}
@@ -461,14 +457,14 @@ def test_features_only_net_folds(kind: str, feature_cls: str) -> None:
 @pytest.mark.parametrize('stem_type', ['', 'deep'])
 @pytest.mark.parametrize('flatten', [False, True])
 @pytest.mark.parametrize('wrapper', [FeatureListNet, FeatureDictNet, FeatureHookNet])
-def test_every_batch_norm_of_a_net_that_timm_takes_apart_folds(wrapper: Any, flatten: bool, stem_type: str) -> None:
+def test_every_batch_norm_of_a_net_that_timm_takes_apart_folds(wrapper, flatten, stem_type):
     model = wrapper(create('sharesnet50', stem_type=stem_type, **SHALLOW), flatten_sequential=flatten).double().eval()
     folded = fold(model)
     assert norms(model) and not norms(folded)
     assert_equal_features(folded, model, torch.randn(2, 3, 64, 64, dtype=torch.double))
 
 
-def test_net_that_is_there_whole_and_taken_apart_folds_once() -> None:
+def test_net_that_is_there_whole_and_taken_apart_folds_once():
     whole = create('resnet26d')
 
     class Both(nn.Module):
@@ -506,7 +502,7 @@ OTHERS: Dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize('other', OTHERS)
-def test_net_of_another_kind_in_the_same_model_computes_the_same(other: str) -> None:
+def test_net_of_another_kind_in_the_same_model_computes_the_same(other):
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -527,17 +523,15 @@ def test_net_of_another_kind_in_the_same_model_computes_the_same(other: str) -> 
 
 
 @kinds
-def test_net_taken_apart_into_a_graph_is_refused(kind: str) -> None:
+def test_net_taken_apart_into_a_graph_is_refused(kind):
     """Its blocks are not there any more."""
-    name, kwargs = SMALL[kind]
-    kwargs = {k: v for k, v in kwargs.items() if k != 'num_classes'}
-    model = create(name, features_only=True, feature_cls='fx', **kwargs)
+    model = small(kind, features_only=True, feature_cls='fx')
     with pytest.raises(TypeError, match='FeatureGraphNet has no stage of timm_sharesnet'):
         fold(model)
 
 
 @kinds
-def test_stage_folds_by_itself(kind: str) -> None:
+def test_stage_folds_by_itself(kind):
     stage = small(kind).double().layer1
     folded = fold(stage)
     assert len(norms(folded)) < len(norms(stage))
@@ -547,7 +541,7 @@ def test_stage_folds_by_itself(kind: str) -> None:
 
 @kinds
 @nets
-def test_net_within_a_model_folds(kind: str, net: Callable) -> None:
+def test_net_within_a_model_folds(kind, net):
     model = net(kind).double()
     detector = nn.Sequential(model, nn.BatchNorm1d(10), nn.Linear(10, 2)).double().eval()
     folded = fold(detector)
@@ -558,7 +552,7 @@ def test_net_within_a_model_folds(kind: str, net: Callable) -> None:
 @kinds
 @nets_twins_slow
 @pytest.mark.parametrize('convert', [convert_sync_batchnorm, freeze_batch_norm_2d], ids=['sync', 'frozen'])
-def test_synchronized_and_frozen_batch_norms_fold(kind: str, net: Callable, convert: Callable) -> None:
+def test_synchronized_and_frozen_batch_norms_fold(kind, net, convert):
     model = convert(net(kind).double()).eval()
     assert not any(type(m) is nn.BatchNorm2d for m in model.modules())
     folded = fold(model)
@@ -568,7 +562,7 @@ def test_synchronized_and_frozen_batch_norms_fold(kind: str, net: Callable, conv
 
 @kinds
 @nets_twins_slow
-def test_batch_norms_without_weights_fold(kind: str, net: Callable) -> None:
+def test_batch_norms_without_weights_fold(kind, net):
     model = net(kind).double()
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -577,7 +571,7 @@ def test_batch_norms_without_weights_fold(kind: str, net: Callable) -> None:
 
 
 @kinds
-def test_batch_norms_without_statistics_stay(kind: str) -> None:
+def test_batch_norms_without_statistics_stay(kind):
     model = small(kind).double()
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -589,7 +583,7 @@ def test_batch_norms_without_statistics_stay(kind: str) -> None:
 
 @kinds
 @nets
-def test_timm_s_reparameterize_model_gives_the_same_function(kind: str, net: Callable) -> None:
+def test_timm_s_reparameterize_model_gives_the_same_function(kind, net):
     model = net(kind).double()
     found = reparameterize_model(model)
     if net is small:
@@ -598,7 +592,7 @@ def test_timm_s_reparameterize_model_gives_the_same_function(kind: str, net: Cal
 
 
 @kinds
-def test_timm_s_scripts_may_reparameterize_before_they_call_eval(kind: str) -> None:
+def test_timm_s_scripts_may_reparameterize_before_they_call_eval(kind):
     model = small(kind).double()
     found = reparameterize_model(copy.deepcopy(model).train()).eval()
     assert_equal_outputs(found, model, images(model))
@@ -609,7 +603,7 @@ def test_timm_s_scripts_may_reparameterize_before_they_call_eval(kind: str) -> N
 
 @kinds
 @pytest.mark.parametrize('addition', ADDITIONS)
-def test_addition_to_a_shared_convolution_is_refused_with_the_cure(kind: str, addition: str) -> None:
+def test_addition_to_a_shared_convolution_is_refused_with_the_cure(kind, addition):
     model = small(kind)
     add(addition, model, 'layer2.conv' if kind == 'preact' else 'layer1.conv')
     before = copy.deepcopy(model.state_dict())
@@ -635,7 +629,7 @@ OF = {
     'kind,name,addition',
     [(kind, name, a) for kind, name in LAYERS for a in ADDITIONS if name.startswith(OF.get(a, ''))],
 )
-def test_addition_to_a_block_s_own_layer_keeps_its_effect(kind: str, name: str, addition: str) -> None:
+def test_addition_to_a_block_s_own_layer_keeps_its_effect(kind, name, addition):
     model = small(kind).double()
     x = images(model)
     before = model(x)
@@ -646,7 +640,7 @@ def test_addition_to_a_block_s_own_layer_keeps_its_effect(kind: str, name: str, 
 
 @kinds
 @pytest.mark.parametrize('addition', ADDITIONS)
-def test_addition_to_the_shared_convolution_of_a_folded_net_reaches_every_use(kind: str, addition: str) -> None:
+def test_addition_to_the_shared_convolution_of_a_folded_net_reaches_every_use(kind, addition):
     model = small(kind).double()
     folded, x = fold(model), images(model)
     before = model(x)
@@ -657,7 +651,7 @@ def test_addition_to_the_shared_convolution_of_a_folded_net_reaches_every_use(ki
 
 
 @kinds
-def test_hook_on_the_shared_convolution_of_a_folded_net_sees_every_use(kind: str) -> None:
+def test_hook_on_the_shared_convolution_of_a_folded_net_sees_every_use(kind):
     folded = fold(small(kind))
     calls: List[int] = []
     folded.layer1.conv.register_forward_hook(lambda *_: calls.append(1))
@@ -666,7 +660,7 @@ def test_hook_on_the_shared_convolution_of_a_folded_net_sees_every_use(kind: str
 
 
 @pytest.mark.parametrize('kind', ['bottleneck', 'preact', 'wide'])
-def test_flop_counter_counts_every_use_of_a_folded_net(kind: str) -> None:
+def test_flop_counter_counts_every_use_of_a_folded_net(kind):
     flops = []
     for net in fold(small(kind)), fold(twin(kind)):
         with FlopCounterMode(display=False) as counter:
@@ -695,7 +689,7 @@ RUNNERS: Dict[str, Callable[[nn.Module, torch.Tensor], Callable]] = {
         for runner in RUNNERS
     ],
 )
-def test_folded_net_runs_scripted_traced_exported_and_compiled(kind: str, runner: str) -> None:
+def test_folded_net_runs_scripted_traced_exported_and_compiled(kind, runner):
     torch._dynamo.reset()
     folded = fold(other_form(kind).double())
     x = images(folded)
@@ -703,13 +697,13 @@ def test_folded_net_runs_scripted_traced_exported_and_compiled(kind: str, runner
 
 
 @pytest.mark.parametrize('kind', ['bottleneck', 'preact'])
-def test_folded_net_that_runs_so_has_both_forms(kind: str) -> None:
+def test_folded_net_that_runs_so_has_both_forms(kind):
     """Guards the test above."""
     assert {form(block) for block in uses(fold(other_form(kind)))} == {'bias', 'depthwise'}
 
 
 @kinds
-def test_exported_folded_net_has_no_operation_that_folding_should_have_saved(kind: str) -> None:
+def test_exported_folded_net_has_no_operation_that_folding_should_have_saved(kind):
     folded = fold(small(kind))
     program = torch.export.export(folded, (images(folded),))
     count = Counter(str(node.target) for node in program.graph.nodes if node.op == 'call_function')
@@ -722,14 +716,14 @@ def test_exported_folded_net_has_no_operation_that_folding_should_have_saved(kin
 
 @kinds
 @nets
-def test_training_mode_is_refused(kind: str, net: Callable) -> None:
+def test_training_mode_is_refused(kind, net):
     with pytest.raises(ValueError, match=r'training mode.*call model\.eval\(\) first'):
         fold(net(kind).train())
 
 
 @kinds
 @nets
-def test_single_layer_in_training_mode_is_refused_by_name(kind: str, net: Callable) -> None:
+def test_single_layer_in_training_mode_is_refused_by_name(kind, net):
     model = net(kind)
     name = norms(model)[3]
     model.get_submodule(name).train()
@@ -748,12 +742,12 @@ def test_single_layer_in_training_mode_is_refused_by_name(kind: str, net: Callab
     ],
     ids=['layer', 'sequential', 'other family', 'other block', 'block without its stage'],
 )
-def test_model_without_a_net_to_fold_is_refused(make: Callable[[], nn.Module]) -> None:
+def test_model_without_a_net_to_fold_is_refused(make):
     with pytest.raises(TypeError, match='no stage of timm_sharesnet and no block of timm.models.ResNet'):
         fold(make().eval())
 
 
 @kinds
-def test_model_without_values_is_refused(kind: str) -> None:
+def test_model_without_values_is_refused(kind):
     with pytest.raises(ValueError, match='meta device'):
         fold(small(kind).to('meta'))

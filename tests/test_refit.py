@@ -157,7 +157,6 @@ def test_images_count_the_same_in_batches_of_any_size() -> None:
         ([torch.randn(0, 3, 32, 32)], 'images is empty'),
         (iter([torch.randn(0, 3, 32, 32)] * 2), 'images is empty'),
     ],
-    ids=str,
 )
 def test_images_that_are_none_are_refused(images: Any, message: str, refit: bool) -> None:
     with pytest.raises((TypeError, ValueError), match=message):

@@ -1,13 +1,12 @@
 """The ImageNet nets: what the paper and the author's code say of them, and equality with timm's ResNet."""
 
 import math
-from typing import Any, Dict, Tuple
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
-from models import TWINS, create, images, unshared
+from models import SHALLOW, TWINS, VARIANTS, create, images, unshared
 from timm.models.resnet import Bottleneck
 
 from timm_sharesnet import ShaBasicBlock, ShaBottleneck, ShaResNet
@@ -22,7 +21,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize('name', COUNTS)
-def test_parameters_and_convolutions_are_as_many_as_the_author_s(name: str) -> None:
+def test_parameters_and_convolutions_are_as_many_as_the_author_s(name):
     parameters, twin_parameters, convolutions = COUNTS[name]
     model, twin = (timm.create_model(n, device='meta') for n in (name, TWINS[name]))
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -31,7 +30,7 @@ def test_parameters_and_convolutions_are_as_many_as_the_author_s(name: str) -> N
 
 
 @pytest.mark.parametrize('name', COUNTS)
-def test_blocks_that_have_a_3x3_of_their_own_are_the_author_s(name: str) -> None:
+def test_blocks_that_have_a_3x3_of_their_own_are_the_author_s(name):
     model = timm.create_model(name, device='meta')
     for stage in 'layer1', 'layer2', 'layer3', 'layer4':
         blocks = model.get_submodule(stage).blocks
@@ -41,7 +40,7 @@ def test_blocks_that_have_a_3x3_of_their_own_are_the_author_s(name: str) -> None
         assert model.get_submodule(stage).conv.stride == (1, 1)
 
 
-def test_parameter_names_are_timm_s_but_for_the_stages() -> None:
+def test_parameter_names_are_timm_s_but_for_the_stages():
     names = set(timm.create_model('sharesnet50', device='meta').state_dict())
     assert {'conv1.weight', 'bn1.bias', 'layer3.conv.weight', 'layer3.blocks.4.bn1.weight', 'fc.bias'} <= names
     assert {'layer3.blocks.0.downsample.0.weight', 'layer3.blocks.0.conv2.weight'} <= names
@@ -49,38 +48,24 @@ def test_parameter_names_are_timm_s_but_for_the_stages() -> None:
     assert 'layer1.conv.weight' in names and 'layer1.blocks.0.conv2.weight' not in names
 
 
-SMALL = dict(layers=(2, 2, 2, 2), channels=(16, 24, 32, 40), num_classes=10)
-
-
 @pytest.mark.parametrize('output_stride', [8, 16, 32])
 @pytest.mark.parametrize('name', ['sharesnet34', 'sharesnet50'])
-def test_output_stride_dilates_as_in_timm(name: str, output_stride: int) -> None:
-    model = create(name, output_stride=output_stride, **SMALL).double()
+def test_output_stride_dilates_as_in_timm(name, output_stride):
+    model = create(name, output_stride=output_stride, **SHALLOW).double()
     x = torch.randn(1, 3, 64, 64, dtype=torch.double)
     assert model.forward_features(x).shape[-1] == 64 // output_stride
     torch.testing.assert_close(model(x), unshared(model)(x), rtol=1e-12, atol=0)
-    strided = create(name, **SMALL)
+    strided = create(name, **SHALLOW)
     assert model.state_dict().keys() == strided.state_dict().keys()
 
 
-@pytest.mark.parametrize(
-    'name,kwargs',
-    [
-        ('sharesnet50', dict(stem_type='deep', stem_width=16)),
-        ('sharesnet50', dict(stem_type='deep_tiered', replace_stem_pool=True)),
-        ('sharesnet50', dict(avg_down=True)),
-        ('sharesnet50', dict(aa_layer=timm.layers.BlurPool2d)),
-        ('sharesnet34', dict(aa_layer=nn.AvgPool2d)),
-        ('sharesnet50', dict(cardinality=8, base_width=4)),
-        ('sharesnet50', dict(block_args=dict(attn_layer='se'))),
-        ('sharesnet34', dict(block_args=dict(attn_layer='eca'))),
-        ('sharesnet50', dict(block_reduce_first=2)),
-        ('sharesnet50', dict(act_layer='silu', global_pool='catavgmax')),
-        ('sharesnet34', dict(down_kernel_size=3)),
-    ],
-)
-def test_what_timm_s_resnet_can_vary_works_with_sharing(name: str, kwargs: Dict[str, Any]) -> None:
-    model = create(name, **SMALL, **kwargs).double()
+OTHER_DEPTHS_AND_RATES = {'layers', 'share_rate', 'drop_rate', 'num_classes'}
+IN_TIMM = [(name, kwargs) for name, kwargs in VARIANTS if name in COUNTS and not OTHER_DEPTHS_AND_RATES & {*kwargs}]
+
+
+@pytest.mark.parametrize('name,kwargs', IN_TIMM)
+def test_what_timm_s_resnet_can_vary_works_with_sharing(name, kwargs):
+    model = create(name, **SHALLOW, **kwargs).double()
     assert all(model.get_submodule(f'layer{i}').conv is not None for i in (1, 2, 3, 4))
     x = images(model)
     torch.testing.assert_close(model(x), unshared(model)(x), rtol=1e-11, atol=1e-12)
@@ -88,15 +73,15 @@ def test_what_timm_s_resnet_can_vary_works_with_sharing(name: str, kwargs: Dict[
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_cardinality_of_basic_blocks_is_refused_as_in_timm() -> None:
+def test_cardinality_of_basic_blocks_is_refused_as_in_timm():
     with pytest.raises(AssertionError, match='cardinality'):
         timm.create_model('sharesnet34', cardinality=8)
 
 
 @pytest.mark.parametrize('rate', ['drop_path_rate', 'drop_block_rate', 'drop_rate'])
 @pytest.mark.parametrize('name', ['sharesnet34', 'sharesnet50'])
-def test_dropping_acts_in_training_only(name: str, rate: str) -> None:
-    model, plain = create(name, **SMALL, **{rate: 0.5}), create(name, **SMALL)
+def test_dropping_acts_in_training_only(name, rate):
+    model, plain = create(name, **SHALLOW, **{rate: 0.5}), create(name, **SHALLOW)
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(model(x), plain(x))
     for net in model, plain:
@@ -106,7 +91,7 @@ def test_dropping_acts_in_training_only(name: str, rate: str) -> None:
     assert not torch.equal(model(x), model(x))
 
 
-def test_first_layers_are_initialized_as_by_the_author_and_the_last_norms_as_by_timm() -> None:
+def test_first_layers_are_initialized_as_by_the_author_and_the_last_norms_as_by_timm():
     torch.manual_seed(0)
     model = timm.create_model('sharesnet50')
     for name, m in model.named_modules():
@@ -125,14 +110,14 @@ def test_first_layers_are_initialized_as_by_the_author_and_the_last_norms_as_by_
 
 
 @pytest.mark.parametrize('name', COUNTS)
-def test_default_cfg_is_timm_s_for_imagenet(name: str) -> None:
+def test_default_cfg_is_timm_s_for_imagenet(name):
     cfg = timm.get_pretrained_cfg(name)
     assert (cfg.input_size, cfg.pool_size, cfg.crop_pct) == ((3, 224, 224), (7, 7), 0.875)
     assert (cfg.interpolation, cfg.mean, cfg.std) == ('bicubic', (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert (cfg.num_classes, cfg.first_conv, cfg.classifier) == (1000, 'conv1', 'fc')
 
 
-def test_device_and_dtype_reach_every_tensor() -> None:
+def test_device_and_dtype_reach_every_tensor():
     model = timm.create_model('sharesnet50', device='meta', dtype=torch.bfloat16)
     floats = [t for t in model.state_dict().values() if t.is_floating_point()]
     assert {(t.device.type, t.dtype) for t in floats} == {('meta', torch.bfloat16)}
@@ -140,17 +125,17 @@ def test_device_and_dtype_reach_every_tensor() -> None:
 
 @pytest.mark.parametrize('name', ['sharesnet34', 'sharesnet50'])
 @pytest.mark.parametrize('layers', [(), (3, 3, 3), (1, 1, 1, 1, 1), (0, 1, 1, 1)])
-def test_layers_that_are_not_four_stages_are_refused(name: str, layers: Tuple[int, ...]) -> None:
+def test_layers_that_are_not_four_stages_are_refused(name, layers):
     with pytest.raises(ValueError, match='layers must be four positive numbers of blocks'):
         timm.create_model(name, layers=layers)
 
 
-def test_unknown_argument_is_a_type_error() -> None:
+def test_unknown_argument_is_a_type_error():
     with pytest.raises(TypeError, match='no_such_argument'):
         timm.create_model('sharesnet50', no_such_argument=1)
 
 
-def test_block_that_cannot_share_is_refused() -> None:
+def test_block_that_cannot_share_is_refused():
     with pytest.raises(TypeError, match='block must be ShaBasicBlock or ShaBottleneck'):
         ShaResNet(Bottleneck, (1, 1, 1, 1))
     for block in ShaBasicBlock, ShaBottleneck:

@@ -1,7 +1,7 @@
 """The CIFAR nets: what the paper and the author's code say of them, and timm's contract."""
 
 import math
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List
 
 import pytest
 import timm
@@ -25,7 +25,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize('name', COUNTS)
-def test_parameters_and_convolutions_are_as_many_as_the_author_s(name: str) -> None:
+def test_parameters_and_convolutions_are_as_many_as_the_author_s(name):
     parameters, convolutions = COUNTS[name]
     model = timm.create_model(name, device='meta')
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -34,7 +34,7 @@ def test_parameters_and_convolutions_are_as_many_as_the_author_s(name: str) -> N
 
 
 @pytest.mark.parametrize('name', CIFAR_SHARED)
-def test_first_block_of_each_stage_has_a_3x3_and_a_shortcut_of_its_own(name: str) -> None:
+def test_first_block_of_each_stage_has_a_3x3_and_a_shortcut_of_its_own(name):
     model = timm.create_model(name, device='meta')
     for stage in model.layer1, model.layer2, model.layer3:
         assert [i for i, block in enumerate(stage.blocks) if block.conv2 is not None] == [0]
@@ -44,7 +44,7 @@ def test_first_block_of_each_stage_has_a_3x3_and_a_shortcut_of_its_own(name: str
 
 
 @pytest.mark.parametrize('name', CIFAR_TWINS)
-def test_twin_shares_nothing(name: str) -> None:
+def test_twin_shares_nothing(name):
     model = timm.create_model(name, device='meta')
     assert all(stage.conv is None for stage in (model.layer1, model.layer2, model.layer3))
     assert not [k for k in model.state_dict() if '.conv.' in k]
@@ -59,19 +59,19 @@ def test_twin_shares_nothing(name: str) -> None:
         ('wrn28_10', dict(share_rate=1.0), 26_860_084),
     ],
 )
-def test_architecture_is_overridden_by_keyword(name: str, kwargs: Dict[str, Any], parameters: int) -> None:
+def test_architecture_is_overridden_by_keyword(name, kwargs, parameters):
     model = timm.create_model(name, device='meta', **kwargs)
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_names_are_timm_s() -> None:
+def test_names_are_timm_s():
     names = set(timm.create_model('sharesnet164_cifar', device='meta').state_dict())
     assert {'conv1.weight', 'layer3.conv.weight', 'layer3.blocks.4.bn1.weight', 'norm.bias', 'fc.bias'} <= names
     assert {'layer1.blocks.0.conv2.weight', 'layer1.blocks.0.downsample.weight'} <= names
     assert 'layer1.blocks.1.conv2.weight' not in names
 
 
-def test_stride_is_on_the_first_convolution_of_a_stage() -> None:
+def test_stride_is_on_the_first_convolution_of_a_stage():
     for name in CIFAR_SHARED:
         model = timm.create_model(name, device='meta')
         strides = [(n, m.stride) for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.stride != (1, 1)]
@@ -80,7 +80,7 @@ def test_stride_is_on_the_first_convolution_of_a_stage() -> None:
 
 
 @pytest.mark.parametrize('name', [*CIFAR_SHARED, *CIFAR_TWINS])
-def test_default_cfg_is_cifar_s(name: str) -> None:
+def test_default_cfg_is_cifar_s(name):
     cfg = timm.get_pretrained_cfg(name)
     assert (cfg.input_size, cfg.pool_size, cfg.crop_pct) == ((3, 32, 32), (8, 8), 1.0)
     assert (cfg.mean, cfg.std) == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -99,7 +99,7 @@ def stage_input(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize('name', ['sharesnet164_cifar', 'shawrn28_10'])
-def test_block_dropout_is_before_the_second_convolution_and_in_training_only(name: str) -> None:
+def test_block_dropout_is_before_the_second_convolution_and_in_training_only(name):
     small: Dict[str, Any] = dict(layers=(1, 1, 1), widen_factor=1)
     model, plain = create(name, block_drop_rate=0.3, **small), create(name, **small)
     x = torch.randn(8, 3, 32, 32)
@@ -112,7 +112,7 @@ def test_block_dropout_is_before_the_second_convolution_and_in_training_only(nam
 
 
 @pytest.mark.parametrize('rate', ['drop_rate', 'drop_path_rate'])
-def test_timm_s_drop_rates_act_in_training_only(rate: str) -> None:
+def test_timm_s_drop_rates_act_in_training_only(rate):
     small: Dict[str, Any] = dict(layers=(2, 2, 2))
     model, plain = create('sharesnet164_cifar', **{rate: 0.5}, **small), create('sharesnet164_cifar', **small)
     x = torch.randn(2, 3, 32, 32)
@@ -123,7 +123,7 @@ def test_timm_s_drop_rates_act_in_training_only(rate: str) -> None:
 
 
 @pytest.mark.parametrize('kind', ['sharesnet164_cifar', 'shawrn40_4'])
-def test_layers_are_initialized_as_by_the_author(kind: str) -> None:
+def test_layers_are_initialized_as_by_the_author(kind):
     torch.manual_seed(0)
     model = timm.create_model(kind)
     for name, m in model.named_modules():
@@ -138,7 +138,7 @@ def test_layers_are_initialized_as_by_the_author(kind: str) -> None:
 
 
 @pytest.mark.parametrize('pool', ['avg', 'max', 'avgmax', 'catavgmax', 'fast', ''])
-def test_head_follows_the_pooling(pool: str) -> None:
+def test_head_follows_the_pooling(pool):
     model = timm.create_model('sharesnet164_cifar', layers=(1, 1, 1), global_pool=pool, num_classes=5 if pool else 0)
     x = torch.randn(2, 3, 32, 32)
     factor = 2 if pool == 'catavgmax' else 1
@@ -153,7 +153,7 @@ def test_head_follows_the_pooling(pool: str) -> None:
 
 
 @pytest.mark.parametrize('name', ['sharesnet164_cifar', 'shawrn40_4', 'wrn40_4'])
-def test_norms_that_return_their_input_leave_shortcuts_and_intermediates_alone(name: str) -> None:
+def test_norms_that_return_their_input_leave_shortcuts_and_intermediates_alone(name):
     class Keep(nn.Module):
         def __init__(self, chs: int, **_: Any) -> None:
             super().__init__()
@@ -172,14 +172,14 @@ def test_norms_that_return_their_input_leave_shortcuts_and_intermediates_alone(n
 
 
 @pytest.mark.parametrize('size,features', [((32, 32), (8, 8)), ((64, 64), (16, 16)), ((40, 24), (10, 6))])
-def test_image_size_is_free(size: Tuple[int, int], features: Tuple[int, int]) -> None:
+def test_image_size_is_free(size, features):
     model = timm.create_model('shawrn40_4', layers=(1, 1, 1), widen_factor=1)
     x = torch.randn(1, 3, *size)
     assert model.forward_features(x).shape == (1, 64, *features)
     assert model(x).shape == (1, 10)
 
 
-def test_device_and_dtype_reach_every_tensor() -> None:
+def test_device_and_dtype_reach_every_tensor():
     for name in 'sharesnet164_cifar', 'shawrn28_10':
         model = timm.create_model(name, device='meta', dtype=torch.bfloat16)
         floats = [t for t in model.state_dict().values() if t.is_floating_point()]
@@ -187,18 +187,18 @@ def test_device_and_dtype_reach_every_tensor() -> None:
 
 
 @pytest.mark.parametrize('output_stride', [1, 2, 8, 16, 32])
-def test_output_stride_other_than_its_own_is_refused(output_stride: int) -> None:
+def test_output_stride_other_than_its_own_is_refused(output_stride):
     timm.create_model('sharesnet164_cifar', device='meta', output_stride=4)
     with pytest.raises(ValueError, match=f'always 4, got {output_stride}'):
         timm.create_model('sharesnet164_cifar', output_stride=output_stride)
 
 
 @pytest.mark.parametrize('layers', [(), (1, 1), (1, 1, 1, 1), (0, 1, 1)])
-def test_layers_that_are_not_three_stages_are_refused(layers: Tuple[int, ...]) -> None:
+def test_layers_that_are_not_three_stages_are_refused(layers):
     with pytest.raises(ValueError, match='layers must be three positive numbers of blocks'):
         timm.create_model('sharesnet164_cifar', layers=layers)
 
 
-def test_unknown_argument_is_a_type_error() -> None:
+def test_unknown_argument_is_a_type_error():
     with pytest.raises(TypeError, match='no_such_argument'):
         timm.create_model('shawrn40_4', no_such_argument=1)

@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from additions import add
 from models import RUNS, SMALL, images, shared_name, small, unshared
 from safetensors.torch import load_file, save_file
 from timm.models import checkpoint_seq, save_for_hf
@@ -23,7 +24,7 @@ from timm_sharesnet import PreActBottleneck, PreActWideBasic, SharedStage
 pytestmark = pytest.mark.parametrize('kind', [*SMALL, *RUNS])
 
 
-def uses(model: nn.Module) -> Counter:
+def uses_by_name(model: nn.Module) -> Counter:
     """How often each stage's convolution is used: name -> number of blocks without a 3x3 of their own."""
     stages = {n: m for n, m in model.named_modules() if isinstance(m, SharedStage)}
     names = [(n, m, m.conv_name(i)) for n, m in stages.items() for i in range(len(m)) if m.conv_of(i) is not None]
@@ -50,14 +51,14 @@ def loss_and_gradients(model: nn.Module, x: torch.Tensor) -> Any:
 # ---- What it computes
 
 
-def test_output_equals_the_twin_whose_blocks_have_copies_of_the_shared_convolution(kind: str) -> None:
+def test_output_equals_the_twin_whose_blocks_have_copies_of_the_shared_convolution(kind):
     model = small(kind).double()
-    assert max(uses(model).values()) > 1
+    assert max(uses_by_name(model).values()) > 1
     x = images(model)
     torch.testing.assert_close(model(x), unshared(model)(x), rtol=1e-12, atol=0)
 
 
-def test_gradient_of_the_shared_convolution_is_the_sum_over_its_uses(kind: str) -> None:
+def test_gradient_of_the_shared_convolution_is_the_sum_over_its_uses(kind):
     model = small(kind).double().train()
     twin = unshared(model)
     x = images(model, 4)
@@ -70,12 +71,12 @@ def test_gradient_of_the_shared_convolution_is_the_sum_over_its_uses(kind: str) 
     torch.testing.assert_close(grads, sums, rtol=1e-9, atol=1e-12)
 
 
-def test_every_use_matters_to_the_output(kind: str) -> None:
+def test_every_use_matters_to_the_output(kind):
     """Guards the tests above: with timm's initial batch norms a shared convolution would change nothing."""
     model = small(kind)
     x = images(model)
     before = model(x)
-    for name in uses(model):
+    for name in uses_by_name(model):
         weight = model.get_submodule(name).weight
         saved = weight.detach().clone()
         nn.init.zeros_(weight)
@@ -83,7 +84,7 @@ def test_every_use_matters_to_the_output(kind: str) -> None:
         weight.data.copy_(saved)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(kind):
     model = small(kind).double().train()
     x = images(model, 4)
     plain = loss_and_gradients(model, x)
@@ -93,7 +94,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_runs_in_half_precision_and_channels_last(kind: str, dtype: torch.dtype) -> None:
+def test_runs_in_half_precision_and_channels_last(kind, dtype):
     model = small(kind)
     x = images(model)
     expected = model(x)
@@ -110,13 +111,13 @@ def test_runs_in_half_precision_and_channels_last(kind: str, dtype: torch.dtype)
 # ---- One tensor, one name
 
 
-def test_each_tensor_has_one_name_and_one_storage(kind: str) -> None:
+def test_each_tensor_has_one_name_and_one_storage(kind):
     state_dict = small(kind).state_dict()
     storages = [v.untyped_storage().data_ptr() for v in state_dict.values()]
     assert len(set(storages)) == len(storages)
 
 
-def test_safetensors_and_hub_format_take_the_state_dict_as_it_is(kind: str, tmp_path: Any) -> None:
+def test_safetensors_and_hub_format_take_the_state_dict_as_it_is(kind, tmp_path):
     model = small(kind)
     save_file(model.state_dict(), tmp_path / 'plain.safetensors')
     assert load_file(tmp_path / 'plain.safetensors').keys() == model.state_dict().keys()
@@ -128,7 +129,7 @@ def test_safetensors_and_hub_format_take_the_state_dict_as_it_is(kind: str, tmp_
 
 
 @pytest.mark.parametrize('ema_class', [ModelEmaV2, ModelEmaV3])
-def test_ema_decays_a_shared_weight_once_a_step(kind: str, ema_class: type) -> None:
+def test_ema_decays_a_shared_weight_once_a_step(kind, ema_class):
     model = small(kind)
     ema = ema_class(model, decay=0.9)
     before = copy.deepcopy(model.state_dict())
@@ -139,18 +140,18 @@ def test_ema_decays_a_shared_weight_once_a_step(kind: str, ema_class: type) -> N
         torch.testing.assert_close(v, 0.9 * before[k], msg=k)
 
 
-def test_deepcopy_and_pickle_keep_the_sharing(kind: str) -> None:
+def test_deepcopy_and_pickle_keep_the_sharing(kind):
     model = small(kind)
     x = images(model)
     for twin in copy.deepcopy(model), pickle.loads(pickle.dumps(model)):
         assert torch.equal(twin(x), model(x))
-        assert uses(twin) == uses(model)
-        for name in uses(twin):
+        assert uses_by_name(twin) == uses_by_name(model)
+        for name in uses_by_name(twin):
             nn.init.zeros_(twin.get_submodule(name).weight)
         assert not torch.equal(twin(x), model(x))
 
 
-def test_to_empty_and_assign_keep_the_sharing(kind: str) -> None:
+def test_to_empty_and_assign_keep_the_sharing(kind):
     model = small(kind)
     name, kwargs = model.made_by
     x = images(model)
@@ -163,9 +164,9 @@ def test_to_empty_and_assign_keep_the_sharing(kind: str) -> None:
         assert calls(other, x) == calls(model, x)
 
 
-def test_functional_call_replaces_every_use(kind: str) -> None:
+def test_functional_call_replaces_every_use(kind):
     model, other = small(kind), small(kind)
-    for name in uses(other):
+    for name in uses_by_name(other):
         nn.init.normal_(other.get_submodule(name).weight)
     x = images(model)
     assert torch.equal(functional_call(model, dict(other.named_parameters()), x), other(x))
@@ -175,15 +176,15 @@ def test_functional_call_replaces_every_use(kind: str) -> None:
 # ---- What others see of it
 
 
-def test_forward_hooks_see_every_use(kind: str) -> None:
+def test_forward_hooks_see_every_use(kind):
     model = small(kind)
-    expected = uses(model)
+    expected = uses_by_name(model)
     count = calls(model, images(model))
     assert {name: count[name] for name in expected} == dict(expected)
     assert set(count.values()) == {1, *expected.values()}
 
 
-def test_flop_counter_counts_every_use(kind: str) -> None:
+def test_flop_counter_counts_every_use(kind):
     model = small(kind)
     flops = []
     for net in model, unshared(model):
@@ -193,56 +194,41 @@ def test_flop_counter_counts_every_use(kind: str) -> None:
     assert flops[0] == flops[1] > 0
 
 
-class LowRank(nn.Module):
-    """A convolution with a trainable addition of low rank, as LoRA makes it."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.conv = conv
-        self.down = nn.Conv2d(conv.in_channels, 2, 3, padding=1)
-        self.up = nn.Conv2d(2, conv.out_channels, 1)
-        self.calls = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return self.conv(x) + self.up(self.down(x))
-
-
-def test_convolution_replaced_by_name_reaches_every_use(kind: str) -> None:
+def test_convolution_replaced_by_name_reaches_every_use(kind):
     model = small(kind)
     x = images(model)
     before = model(x)
-    number = uses(model)
+    number = uses_by_name(model)
     for name in number:
-        model.set_submodule(name, LowRank(model.get_submodule(name)))
+        add('LoRA', model, name)
     assert not torch.allclose(model(x), before)
-    assert {name: model.get_submodule(name).calls for name in number} == dict(number)
+    assert {name: calls(model, x)[f'{name}.up'] for name in number} == dict(number)
     model.train()(images(model, 4)).sum().backward()
     assert all(model.get_submodule(name).up.weight.grad.abs().sum() > 0 for name in number)
 
 
-def test_layer_decay_puts_the_shared_convolution_with_the_first_block_of_its_stage(kind: str) -> None:
+def test_layer_decay_puts_the_shared_convolution_with_the_first_block_of_its_stage(kind):
     model = small(kind)
     groups = param_groups_layer_decay(model, layer_decay=0.5)
     scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
     assert sum(len(group['params']) for group in groups) == len(scale) == len(list(model.parameters()))
-    for name in uses(model):
+    for name in uses_by_name(model):
         stage, _, run = name.partition('.conv')
         first = model.get_submodule(f'{stage}.blocks.{run.removeprefix(".") or 0}').conv1.weight
         assert scale[id(model.get_submodule(name).weight)] == scale[id(first)] < 1
     assert scale[id(model.fc.weight)] == 1
 
 
-def test_frozen_blocks_leave_the_shared_convolution_trainable(kind: str) -> None:
+def test_frozen_blocks_leave_the_shared_convolution_trainable(kind):
     model = small(kind).train()
     for m in model.modules():
         if isinstance(m, SharedStage):
             m.blocks.requires_grad_(False)
     model(images(model, 4)).sum().backward()
-    assert all(model.get_submodule(name).weight.grad is not None for name in uses(model))
+    assert all(model.get_submodule(name).weight.grad is not None for name in uses_by_name(model))
 
 
-def test_sync_batch_norm_replaces_every_batch_norm(kind: str) -> None:
+def test_sync_batch_norm_replaces_every_batch_norm(kind):
     model = small(kind)
     x = images(model)
     sync = timm.layers.convert_sync_batchnorm(copy.deepcopy(model))
@@ -253,7 +239,7 @@ def test_sync_batch_norm_replaces_every_batch_norm(kind: str) -> None:
     torch.testing.assert_close(sync(x), model(x))
 
 
-def test_features_only_gives_the_intermediates(kind: str) -> None:
+def test_features_only_gives_the_intermediates(kind):
     model = small(kind)
     name, kwargs = model.made_by
     x = images(model)
@@ -269,7 +255,7 @@ def test_features_only_gives_the_intermediates(kind: str) -> None:
     assert torch.equal(model.forward_head(final), model(x))
 
 
-def test_stage_is_indexed_iterated_and_measured_over_its_blocks(kind: str) -> None:
+def test_stage_is_indexed_iterated_and_measured_over_its_blocks(kind):
     model = small(kind)
     stage = model.layer3
     assert list(stage) == list(stage.blocks) and len(stage) == len(stage.blocks)
@@ -279,7 +265,7 @@ def test_stage_is_indexed_iterated_and_measured_over_its_blocks(kind: str) -> No
         stage[len(stage)]
 
 
-def test_last_block_of_a_stage_is_a_target_for_grad_cam(kind: str) -> None:
+def test_last_block_of_a_stage_is_a_target_for_grad_cam(kind):
     model = small(kind)
     seen: Dict[str, torch.Tensor] = {}
     model.layer3[-1].register_forward_hook(lambda _module, _args, output: seen.update(activations=output))
@@ -293,14 +279,14 @@ def test_last_block_of_a_stage_is_a_target_for_grad_cam(kind: str) -> None:
 # ---- Errors
 
 
-def test_a_block_without_a_convolution_says_whose_it_needs(kind: str) -> None:
+def test_a_block_without_a_convolution_says_whose_it_needs(kind):
     model = small(kind)
     block = model.layer1.blocks[1]
     with pytest.raises(RuntimeError, match="The 3x3 of this block is its stage's: call the stage"):
         block(torch.randn(1, block.conv1.in_channels, 8, 8))
 
 
-def test_timm_s_checkpointing_of_flattened_stages_cannot_run_blocks_without_the_shared_convolution(kind: str) -> None:
+def test_timm_s_checkpointing_of_flattened_stages_cannot_run_blocks_without_the_shared_convolution(kind):
     model = small(kind)
     x = model.layer1(model.forward_intermediates(images(model), intermediates_only=True)[0])
     for stages in [model.layer2], [model.layer2, model.layer3]:
@@ -311,7 +297,7 @@ def test_timm_s_checkpointing_of_flattened_stages_cannot_run_blocks_without_the_
         torch.testing.assert_close(checkpoint_seq([twin.layer2], x, flatten=True), twin.layer2(x))
 
 
-def test_convolutions_that_differ_are_not_shared(kind: str) -> None:
+def test_convolutions_that_differ_are_not_shared(kind):
     block = PreActWideBasic if kind in ('wide', 'basic') else PreActBottleneck
     with pytest.raises(ValueError, match='differ and cannot be shared'):
         SharedStage([block(16, 16, projection=True), block(16, 8, projection=True)])

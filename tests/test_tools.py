@@ -7,7 +7,7 @@ is called several times that is wrong, which `test_tool_is_wrong_where_a_module_
 import copy
 import functools
 import warnings
-from typing import Any, Callable, Dict, Iterator, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import pytest
 import timm
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
 import torch.nn.utils.prune as prune
 from additions import ADDITIONS, add
-from models import SMALL, error, images, small, unshared, uses
+from models import SMALL, error, images, kinds, slow_but_for, small, unshared, uses
 from torch.ao.quantization import ObserverBase, get_default_qat_qconfig_mapping, get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx, prepare_qat_fx
 from torch.fx.experimental.optimization import fuse, optimize_for_inference
@@ -26,7 +26,6 @@ from timm_sharesnet import fold, unshare
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
 slow = pytest.mark.slow
-kinds = pytest.mark.parametrize('kind', SMALL)
 
 DEPTHS = {'basic': (2, 1, 1, 1), 'bottleneck': (2, 1, 1, 1), 'preact': (3, 1, 1), 'wide': (3, 1, 1)}
 
@@ -54,13 +53,8 @@ each_net = pytest.mark.parametrize(
 )
 
 
-def slow_but_for(*default: str) -> pytest.MarkDecorator:
-    """Run the test on all kinds, of which only some are in the default run."""
-    return pytest.mark.parametrize('kind', [k if k in default else pytest.param(k, marks=slow) for k in SMALL])
-
-
 @pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
+def no_grad():
     with torch.no_grad():
         yield
 
@@ -88,7 +82,7 @@ REWRITERS: Dict[str, Rewriter] = {
 
 @each_net
 @pytest.mark.parametrize('rewriter', REWRITERS)
-def test_batch_norms_are_folded_rightly(kind: str, which: str, rewriter: str) -> None:
+def test_batch_norms_are_folded_rightly(kind, which, rewriter):
     model = NETS[which](kind)
     x = images(model)
     assert error(REWRITERS[rewriter](copy.deepcopy(model), x)(x), model(x)) <= 1e-5
@@ -100,7 +94,7 @@ def batch_norms(model: nn.Module) -> int:
 
 @kinds
 @pytest.mark.parametrize('rewriter', ['fx fuse', 'fuse_fx'])
-def test_batch_norms_of_unshared_convolutions_are_folded_as_in_the_twin(kind: str, rewriter: str) -> None:
+def test_batch_norms_of_unshared_convolutions_are_folded_as_in_the_twin(kind, rewriter):
     model, twin = net(kind), NETS['twin'](kind)
     x = images(model)
     left = [batch_norms(REWRITERS[rewriter](copy.deepcopy(m), x)) for m in (model, twin)]
@@ -127,7 +121,7 @@ class CalledTwice(nn.Module):
 
 
 @pytest.mark.parametrize('rewriter', ['fx fuse', 'fx optimize_for_inference', 'fuse_fx'])
-def test_tool_is_wrong_where_a_module_is_called_twice(rewriter: str) -> None:
+def test_tool_is_wrong_where_a_module_is_called_twice(rewriter):
     """Guards the tests of this file. If it fails, torch is cured, and `SharingBlock._traced` may be superfluous."""
     model, x = CalledTwice().eval(), torch.randn(2, 8, 8, 8)
     assert error(REWRITERS[rewriter](copy.deepcopy(model), x)(x), model(x)) > 0.1
@@ -135,7 +129,7 @@ def test_tool_is_wrong_where_a_module_is_called_twice(rewriter: str) -> None:
 
 @slow
 @each_net
-def test_inductor_s_freezing_folds_rightly(kind: str, which: str) -> None:
+def test_inductor_s_freezing_folds_rightly(kind, which):
     torch._dynamo.reset()
     model = NETS[which](kind)
     x = images(model)
@@ -147,7 +141,7 @@ def test_inductor_s_freezing_folds_rightly(kind: str, which: str) -> None:
 
 @slow_but_for()
 @pytest.mark.parametrize('which', ['shared', 'twin'])
-def test_inductor_s_folding_in_training_is_right(kind: str, which: str) -> None:
+def test_inductor_s_folding_in_training_is_right(kind, which):
     torch._dynamo.reset()
     model = NETS[which](kind)
     x = images(model)
@@ -158,7 +152,7 @@ def test_inductor_s_folding_in_training_is_right(kind: str, which: str) -> None:
 
 
 @kinds
-def test_features_that_timm_takes_from_an_fx_graph_are_right(kind: str) -> None:
+def test_features_that_timm_takes_from_an_fx_graph_are_right(kind):
     name, kwargs = SMALL[kind]
     kwargs = dict(kwargs, layers=DEPTHS[kind], features_only=True)
     kwargs.pop('num_classes', None)
@@ -210,23 +204,23 @@ def assert_as_accurate_as_the_twin(quantize: Quantizer, kind: str, which: str) -
 
 @kinds
 @pytest.mark.parametrize('which', ['shared', 'twin', pytest.param('folded', marks=slow)])
-def test_net_prepared_by_fx_computes_the_same(kind: str, which: str) -> None:
+def test_net_prepared_by_fx_computes_the_same(kind, which):
     assert quantization_errors(quantized_fx, kind, which)[0] <= 1e-5
 
 
 @kinds
 @pytest.mark.parametrize('which', ['shared', pytest.param('folded', marks=slow)])
-def test_net_quantized_by_fx_is_as_accurate_as_the_twin(kind: str, which: str) -> None:
+def test_net_quantized_by_fx_is_as_accurate_as_the_twin(kind, which):
     assert_as_accurate_as_the_twin(quantized_fx, kind, which)
 
 
 @slow_but_for('bottleneck')
-def test_net_quantized_by_fx_in_training_is_as_accurate_as_the_twin(kind: str) -> None:
+def test_net_quantized_by_fx_in_training_is_as_accurate_as_the_twin(kind):
     assert_as_accurate_as_the_twin(quantized_fx_in_training, kind, 'shared')
 
 
 @kinds
-def test_fx_quantizes_the_shared_kernel_and_its_input_at_each_use(kind: str) -> None:
+def test_fx_quantizes_the_shared_kernel_and_its_input_at_each_use(kind):
     model = net(kind)
     prepared = prepare_fx(model, get_default_qconfig_mapping(torch.backends.quantized.engine), (images(model),))
     calls = [node for node in prepared.graph.nodes if node.op == 'call_function' and node.target is F.conv2d]
@@ -248,7 +242,7 @@ TRACERS: Dict[str, Rewriter] = {
 @kinds
 @pytest.mark.parametrize('addition', ATTACHED)
 @pytest.mark.parametrize('tracer', TRACERS)
-def test_fx_refuses_an_addition_that_it_would_miss_and_names_the_cure(kind: str, addition: str, tracer: str) -> None:
+def test_fx_refuses_an_addition_that_it_would_miss_and_names_the_cure(kind, addition, tracer):
     model = net(kind)
     add(addition, model, 'layer1.conv')
     with pytest.raises(RuntimeError, match='Make it plain first'):
@@ -258,7 +252,7 @@ def test_fx_refuses_an_addition_that_it_would_miss_and_names_the_cure(kind: str,
 @kinds
 @pytest.mark.parametrize('which', ['shared', pytest.param('folded', marks=slow)])
 @pytest.mark.parametrize('tracer', TRACERS)
-def test_fx_keeps_a_module_in_place_of_the_shared_convolution(kind: str, which: str, tracer: str) -> None:
+def test_fx_keeps_a_module_in_place_of_the_shared_convolution(kind, which, tracer):
     model = NETS[which](kind)
     x = images(model)
     before = model(x)
@@ -269,7 +263,7 @@ def test_fx_keeps_a_module_in_place_of_the_shared_convolution(kind: str, which: 
 
 
 @slow_but_for('wide')
-def test_fx_quantizes_a_net_with_a_module_in_place_of_the_shared_convolution(kind: str) -> None:
+def test_fx_quantizes_a_net_with_a_module_in_place_of_the_shared_convolution(kind):
     model = net(kind)
     x = images(model)
     add('LoRA', model, 'layer1.conv')
@@ -279,7 +273,7 @@ def test_fx_quantizes_a_net_with_a_module_in_place_of_the_shared_convolution(kin
 @kinds
 @pytest.mark.parametrize('which', ['shared', 'folded'])
 @pytest.mark.parametrize('addition', ADDITIONS)
-def test_torchscript_refuses_an_addition_and_names_the_cure(kind: str, which: str, addition: str) -> None:
+def test_torchscript_refuses_an_addition_and_names_the_cure(kind, which, addition):
     model = NETS[which](kind)
     add(addition, model, 'layer1.conv')
     with pytest.raises(RuntimeError, match=r'(?s)TorchScript gets.*script timm_sharesnet\.unshare'):
@@ -288,7 +282,7 @@ def test_torchscript_refuses_an_addition_and_names_the_cure(kind: str, which: st
 
 @kinds
 @pytest.mark.parametrize('attribute,value', [('dilation', (2, 2)), ('padding', (0, 0)), ('stride', (2, 2))])
-def test_torchscript_refuses_a_shared_convolution_with_other_arguments(kind: str, attribute: str, value: Any) -> None:
+def test_torchscript_refuses_a_shared_convolution_with_other_arguments(kind, attribute, value):
     model = net(kind)
     setattr(model.layer1.conv, attribute, value)
     with pytest.raises(RuntimeError, match='TorchScript gets'):
@@ -296,7 +290,7 @@ def test_torchscript_refuses_a_shared_convolution_with_other_arguments(kind: str
 
 
 @kinds
-def test_torchscript_takes_other_weights_in_a_convolution_of_the_same_kind(kind: str) -> None:
+def test_torchscript_takes_other_weights_in_a_convolution_of_the_same_kind(kind):
     model = net(kind)
     before = model(images(model))
     conv = copy.deepcopy(model.layer1.conv)
@@ -308,7 +302,7 @@ def test_torchscript_takes_other_weights_in_a_convolution_of_the_same_kind(kind:
 
 
 @kinds
-def test_merged_additions_are_scripted_and_traced(kind: str) -> None:
+def test_merged_additions_are_scripted_and_traced(kind):
     """The cures that the refusals name."""
     model = net(kind)
     x = images(model)
@@ -324,7 +318,7 @@ def test_merged_additions_are_scripted_and_traced(kind: str) -> None:
 
 @kinds
 @pytest.mark.parametrize('addition', ['pruning', 'parametrization'])
-def test_weight_changed_by_name_is_that_of_every_use(kind: str, addition: str) -> None:
+def test_weight_changed_by_name_is_that_of_every_use(kind, addition):
     model, expected = net(kind), net(kind)
     x = images(model)
     before = model(x)
@@ -337,7 +331,7 @@ def test_weight_changed_by_name_is_that_of_every_use(kind: str, addition: str) -
 @slow_but_for('bottleneck')
 @pytest.mark.parametrize('which', ['shared', pytest.param('folded', marks=slow)])
 @pytest.mark.parametrize('addition', ADDITIONS)
-def test_exported_program_has_the_addition(kind: str, which: str, addition: str) -> None:
+def test_exported_program_has_the_addition(kind, which, addition):
     model = NETS[which](kind)
     x = images(model)
     add(addition, model, 'layer1.conv')
@@ -346,7 +340,7 @@ def test_exported_program_has_the_addition(kind: str, which: str, addition: str)
 
 @slow_but_for('bottleneck')
 @pytest.mark.parametrize('addition', ['LoRA', 'bias', 'circular padding'])  # torch.fx sees no others in any net
-def test_unshared_net_with_an_addition_is_right_for_the_tool(kind: str, addition: str) -> None:
+def test_unshared_net_with_an_addition_is_right_for_the_tool(kind, addition):
     """The way out that the refusals name."""
     model = net(kind)
     x = images(model)
@@ -359,7 +353,7 @@ def test_unshared_net_with_an_addition_is_right_for_the_tool(kind: str, addition
 
 
 @pytest.fixture
-def pt2e() -> Any:
+def pt2e():
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return pytest.importorskip('torchao.quantization.pt2e.quantize_pt2e')
@@ -395,13 +389,13 @@ quantizers = pytest.mark.parametrize('quantizer', ['xnnpack', pytest.param('x86'
 
 
 @pytest.fixture
-def no_qat_patterns(pt2e: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_qat_patterns(pt2e, monkeypatch):
     """Leave out of `convert_pt2e` what takes 30 s wherever a batch norm is left, and only concerns training."""
     monkeypatch.setattr(pt2e, '_fold_conv_bn_qat', lambda model: model)
 
 
 @each_net
-def test_batch_norms_of_an_exported_program_are_folded_rightly(kind: str, which: str, pt2e: Any) -> None:
+def test_batch_norms_of_an_exported_program_are_folded_rightly(kind, which, pt2e):
     from torchao.quantization.pt2e.utils import _fuse_conv_bn_
 
     model = NETS[which](kind)
@@ -411,7 +405,7 @@ def test_batch_norms_of_an_exported_program_are_folded_rightly(kind: str, which:
     assert error(program(x), model(x)) <= 1e-5
 
 
-def test_tool_is_wrong_where_an_exported_convolution_is_called_twice(pt2e: Any) -> None:
+def test_tool_is_wrong_where_an_exported_convolution_is_called_twice(pt2e):
     """Guards the tests of exported programs."""
     from torchao.quantization.pt2e.utils import _fuse_conv_bn_
 
@@ -423,24 +417,20 @@ def test_tool_is_wrong_where_an_exported_convolution_is_called_twice(pt2e: Any) 
 
 @each_net
 @quantizers
-def test_net_prepared_by_pt2e_computes_the_same(
-    kind: str, which: str, quantizer: str, pt2e: Any, no_qat_patterns: None
-) -> None:
+def test_net_prepared_by_pt2e_computes_the_same(kind, which, quantizer, pt2e, no_qat_patterns):
     assert quantization_errors(PT2E[quantizer], kind, which)[0] <= 1e-5
 
 
 @kinds
 @pytest.mark.parametrize('which', ['shared', 'folded', 'unshared'])
 @quantizers
-def test_net_quantized_by_pt2e_is_as_accurate_as_the_twin(
-    kind: str, which: str, quantizer: str, pt2e: Any, no_qat_patterns: None
-) -> None:
+def test_net_quantized_by_pt2e_is_as_accurate_as_the_twin(kind, which, quantizer, pt2e, no_qat_patterns):
     assert_as_accurate_as_the_twin(PT2E[quantizer], kind, which)
 
 
 @slow_but_for()
 @pytest.mark.parametrize('which', ['shared', 'twin'])
-def test_whole_conversion_by_pt2e_gives_the_same(kind: str, which: str, pt2e: Any) -> None:
+def test_whole_conversion_by_pt2e_gives_the_same(kind, which, pt2e):
     model = NETS[which](kind)
     x = images(model)
     with pytest.MonkeyPatch.context() as patch:

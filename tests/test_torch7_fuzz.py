@@ -25,7 +25,7 @@ import timm
 import torch
 import torch.nn as nn
 from models import create
-from torch7_writer import Atom, Module, Raw, Storage, Tensor, atoms, pack, tree
+from torch7_writer import HOLDERS, Atom, Module, Raw, Storage, Tensor, atoms, pack, tree
 
 from timm_sharesnet import load_torch7
 
@@ -54,28 +54,17 @@ def model(device: str) -> nn.Module:
 def chain(rng: Any) -> Raw:
     """One kind of value within another, deep in the file or in memory: a row of which each refers to the one before."""
     n = int(rng.choice([3, 20, 60, 100, 1000, 100_000], p=[0.24, 0.24, 0.14, 0.14, 0.22, 0.02]))
-    by_reference, first = rng.random() < 0.5, 10**6
-    kind, as_key = rng.choice(['function', 'tensor', 'object', 'table', 'vec', 'hash']), rng.random() < 0.5
-    head: List[Atom] = {
-        'function': [('i', int(rng.choice([6, 7, 8]))), ('i', 0), ('t', b'')],
-        'tensor': [('i', 4), ('i', 0), ('t', b'V 1'), ('t', b'torch.FloatTensor'), ('i', 1), *[('q', 1)] * 3],
-        'object': [('i', 4), ('i', 0), ('t', b'V 1'), ('t', b'nn.Identity')],
-        'table': [('i', 3), ('i', 0), ('i', 1)],
-        'vec': [('i', 4), ('i', 0), ('t', b'V 1'), ('t', b'tds.Vec'), ('i', 1), ('i', 0)],
-        'hash': [('i', 4), ('i', 0), ('t', b'V 1'), ('t', b'tds.Hash'), ('i', 1), ('i', 0)],
-    }[kind]
-    one, nil = [('i', 1), ('d', 1.0)], [('i', 0)]
-    before = one if kind in ('table', 'hash') and not as_key else []
-    after = nil if kind in ('table', 'hash') and as_key else []
+    by_reference, as_key, first = rng.random() < 0.5, rng.random() < 0.5, 10**6
+    (kind, _, *rest), tail = HOLDERS[str(rng.choice(list(HOLDERS)))]
+    nil = [('i', 0)]
     out: List[Atom] = []
     if not by_reference:
         for i in range(n):
-            out += [head[0], ('i', first + i), *head[2:], *before]
-        return Raw(*out, *nil, *after * n)
+            out += [kind, ('i', first + i), *rest]
+        return Raw(*out, *nil, *tail * n)
     out += [('i', 3), ('i', first), ('i', n)]
     for i in range(1, n + 1):
-        value = [head[0], ('i', first + i), *head[2:], *before, *([head[0], ('i', first + i - 1)] if i > 1 else nil)]
-        value += after
+        value = [kind, ('i', first + i), *rest, *([kind, ('i', first + i - 1)] if i > 1 else nil), *tail]
         out += value + nil if as_key else [('i', 1), ('d', float(i)), *value]
     return Raw(*out)
 
@@ -259,14 +248,14 @@ def fuzz(first: int, count: int, folder: Path) -> Dict[str, Any]:
     return dict(read=read, slowest=slowest)
 
 
-def test_a_damaged_file_is_read_whole_or_refused(tmp_path: Path) -> None:
+def test_a_damaged_file_is_read_whole_or_refused(tmp_path):
     read = fuzz(0, 200, tmp_path)['read']
     assert 10 < read < 100  # little damage is to what nobody reads
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('first', range(0, 20_000, 2_500))
-def test_no_damaged_file_takes_much_time_or_memory(first: int, tmp_path: Path) -> None:
+def test_no_damaged_file_takes_much_time_or_memory(first, tmp_path):
     command = [sys.executable, __file__, str(first), '2500', str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     seed = (tmp_path / 'seed').read_text() if (tmp_path / 'seed').exists() else 'none'

@@ -1,21 +1,19 @@
 """From a shared net to the plain twin."""
 
 import copy
-from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Iterator, List
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
 from additions import add
-from models import SHALLOW, SMALL, TWINS, VARIANTS, create, error, images, small, twin_args, unshared
+from models import SHALLOW, SMALL, TWINS, VARIANTS, create, error, images, kinds, small, twin_args, unshared
 from timm.models import save_for_hf
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from timm_sharesnet import CifarResNetV2, PreActBottleneck, PreActWideBasic, SharedStage, fold, unshare
 
-kinds = pytest.mark.parametrize('kind', SMALL)
 CLASSES = {
     'basic': (ResNet, BasicBlock),
     'bottleneck': (ResNet, Bottleneck),
@@ -42,13 +40,13 @@ def blocks(model: nn.Module) -> List[nn.Module]:
 
 
 @kinds
-def test_plain_net_computes_the_same(kind: str) -> None:
+def test_plain_net_computes_the_same(kind):
     model = small(kind).double()
     assert_equal_outputs(unshare(model), model, images(model))
 
 
 @kinds
-def test_plain_net_has_the_twin_s_classes_and_shares_nothing(kind: str) -> None:
+def test_plain_net_has_the_twin_s_classes_and_shares_nothing(kind):
     plain = unshare(small(kind))
     net, block = CLASSES[kind]
     assert type(plain) is net
@@ -58,7 +56,7 @@ def test_plain_net_has_the_twin_s_classes_and_shares_nothing(kind: str) -> None:
 
 
 @kinds
-def test_plain_net_has_the_twin_s_names_and_tensors_in_its_order(kind: str) -> None:
+def test_plain_net_has_the_twin_s_names_and_tensors_in_its_order(kind):
     model = small(kind)
     expected = unshared(model).state_dict()
     found = unshare(model).state_dict()
@@ -67,7 +65,7 @@ def test_plain_net_has_the_twin_s_names_and_tensors_in_its_order(kind: str) -> N
 
 
 @kinds
-def test_plain_net_loads_strictly_into_the_twin(kind: str) -> None:
+def test_plain_net_loads_strictly_into_the_twin(kind):
     model = small(kind)
     name, kwargs = model.made_by
     twin = timm.create_model(TWINS[name], **twin_args(kwargs)).eval()
@@ -76,7 +74,7 @@ def test_plain_net_loads_strictly_into_the_twin(kind: str) -> None:
 
 
 @kinds
-def test_each_block_has_a_kernel_of_its_own(kind: str) -> None:
+def test_each_block_has_a_kernel_of_its_own(kind):
     plain = unshare(small(kind))
     storages = [p.untyped_storage().data_ptr() for p in plain.parameters()]
     assert len(set(storages)) == len(storages)
@@ -87,7 +85,7 @@ def test_each_block_has_a_kernel_of_its_own(kind: str) -> None:
 
 
 @kinds
-def test_model_is_not_changed_and_shares_no_memory_with_the_plain_net(kind: str) -> None:
+def test_model_is_not_changed_and_shares_no_memory_with_the_plain_net(kind):
     model = small(kind)
     before, names = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
     cfg = copy.deepcopy(model.pretrained_cfg)
@@ -99,7 +97,7 @@ def test_model_is_not_changed_and_shares_no_memory_with_the_plain_net(kind: str)
 
 
 @kinds
-def test_gradients_of_the_copies_sum_to_that_of_the_shared_convolution(kind: str) -> None:
+def test_gradients_of_the_copies_sum_to_that_of_the_shared_convolution(kind):
     model = small(kind).double().train()
     plain, x = unshare(model), images(model, 4)
     for net in model, plain:
@@ -125,7 +123,7 @@ def with_sources(model: nn.Module) -> nn.Module:
 
 
 @kinds
-def test_config_names_the_twin_and_keeps_the_rest_but_the_weights(kind: str) -> None:
+def test_config_names_the_twin_and_keeps_the_rest_but_the_weights(kind):
     model = with_sources(small(kind))
     plain = unshare(model)
     for cfg in plain.pretrained_cfg, plain.default_cfg:
@@ -135,7 +133,7 @@ def test_config_names_the_twin_and_keeps_the_rest_but_the_weights(kind: str) -> 
 
 
 @kinds
-def test_saved_plain_net_is_loaded_by_timm_as_the_twin(kind: str, tmp_path: Path) -> None:
+def test_saved_plain_net_is_loaded_by_timm_as_the_twin(kind, tmp_path):
     model = with_sources(small(kind))
     plain = unshare(model)
     save_for_hf(plain, str(tmp_path), model_args=model.made_by[1], safe_serialization=True)
@@ -150,13 +148,13 @@ def test_saved_plain_net_is_loaded_by_timm_as_the_twin(kind: str, tmp_path: Path
 
 @kinds
 @pytest.mark.parametrize('training', [False, True])
-def test_mode_is_kept(kind: str, training: bool) -> None:
+def test_mode_is_kept(kind, training):
     model = small(kind).train(training)
     assert {m.training for m in unshare(model).modules()} == {training}
 
 
 @kinds
-def test_batch_norms_frozen_in_training_stay_so(kind: str) -> None:
+def test_batch_norms_frozen_in_training_stay_so(kind):
     model = small(kind).train()
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -167,7 +165,7 @@ def test_batch_norms_frozen_in_training_stay_so(kind: str) -> None:
 
 
 @kinds
-def test_frozen_parameters_stay_frozen(kind: str) -> None:
+def test_frozen_parameters_stay_frozen(kind):
     model = small(kind)
     model.layer1.conv.requires_grad_(False)
     model.layer2.blocks[0].conv1.requires_grad_(False)
@@ -181,7 +179,7 @@ def test_frozen_parameters_stay_frozen(kind: str) -> None:
 
 @kinds
 @pytest.mark.parametrize('enable', [False, True])
-def test_gradient_checkpointing_is_kept(kind: str, enable: bool) -> None:
+def test_gradient_checkpointing_is_kept(kind, enable):
     model = small(kind).double().train()
     model.set_grad_checkpointing(enable)
     plain = unshare(model)
@@ -195,14 +193,14 @@ def test_gradient_checkpointing_is_kept(kind: str, enable: bool) -> None:
 
 @kinds
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
-def test_dtype_and_memory_format_are_kept(kind: str, dtype: torch.dtype) -> None:
+def test_dtype_and_memory_format_are_kept(kind, dtype):
     plain = unshare(small(kind).to(dtype=dtype, memory_format=torch.channels_last))
     assert {t.dtype for t in plain.state_dict().values() if t.is_floating_point()} == {dtype}
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in plain.parameters() if p.ndim == 4)
 
 
 @kinds
-def test_net_without_values_can_be_unshared(kind: str) -> None:
+def test_net_without_values_can_be_unshared(kind):
     plain = unshare(small(kind).to('meta'))
     assert plain.state_dict().keys() == unshared(small(kind)).state_dict().keys()
     assert {t.device.type for t in plain.state_dict().values()} == {'meta'}
@@ -210,7 +208,7 @@ def test_net_without_values_can_be_unshared(kind: str) -> None:
 
 @kinds
 @pytest.mark.parametrize('addition', ['LoRA', 'pruning', 'parametrization', 'forward hook', 'bias'])
-def test_addition_to_a_shared_convolution_is_copied_to_every_block(kind: str, addition: str) -> None:
+def test_addition_to_a_shared_convolution_is_copied_to_every_block(kind, addition):
     model = small(kind).double()
     x = images(model)
     with torch.no_grad():  # else torch cannot copy a pruned weight
@@ -227,7 +225,7 @@ def test_addition_to_a_shared_convolution_is_copied_to_every_block(kind: str, ad
 
 
 @pytest.mark.parametrize('name', TWINS)
-def test_each_model_becomes_its_twin(name: str) -> None:
+def test_each_model_becomes_its_twin(name):
     plain = unshare(timm.create_model(name, device='meta'))
     expected = timm.create_model(TWINS[name], device='meta')
     assert type(plain) is type(expected)
@@ -235,7 +233,7 @@ def test_each_model_becomes_its_twin(name: str) -> None:
 
 
 @pytest.mark.parametrize('name,kwargs', VARIANTS)
-def test_what_the_nets_can_vary_is_unshared(name: str, kwargs: Dict[str, Any]) -> None:
+def test_what_the_nets_can_vary_is_unshared(name, kwargs):
     kwargs = {
         **(SHALLOW if name in ('sharesnet34', 'sharesnet50') else {}),
         **kwargs,
@@ -248,12 +246,11 @@ def test_what_the_nets_can_vary_is_unshared(name: str, kwargs: Dict[str, Any]) -
 
 @kinds
 @pytest.mark.parametrize('feature_cls', ['list', 'getter'])
-def test_features_only_net_becomes_that_of_the_twin(kind: str, feature_cls: str) -> None:
-    name, kwargs = SMALL[kind]
-    kwargs = {k: v for k, v in kwargs.items() if k != 'num_classes'}
-    model = create(name, features_only=True, feature_cls=feature_cls, **kwargs).double()
+def test_features_only_net_becomes_that_of_the_twin(kind, feature_cls):
+    model = small(kind, features_only=True, feature_cls=feature_cls).double()
     plain = unshare(model)
-    twin = timm.create_model(TWINS[name], features_only=True, feature_cls=feature_cls, **kwargs).double().eval()
+    name, kwargs = model.made_by
+    twin = timm.create_model(TWINS[name], **kwargs).double().eval()
     twin.load_state_dict(plain.state_dict(), strict=True)
     x = torch.randn(2, 3, 64, 64, dtype=torch.double)
     for found in plain(x), twin(x):
@@ -266,7 +263,7 @@ class Tripled(ResNet):
 
 
 @kinds
-def test_net_within_a_model_is_unshared_and_its_neighbours_stay(kind: str) -> None:
+def test_net_within_a_model_is_unshared_and_its_neighbours_stay(kind):
     model = small(kind).double()
     other = create('resnet18', layers=(1, 1, 1, 1)).double()
     other.set_grad_checkpointing()
@@ -279,7 +276,7 @@ def test_net_within_a_model_is_unshared_and_its_neighbours_stay(kind: str) -> No
 
 
 @kinds
-def test_plain_net_folds_to_the_same_function(kind: str) -> None:
+def test_plain_net_folds_to_the_same_function(kind):
     model = small(kind).double()
     assert_equal_outputs(fold(unshare(model)), model, images(model))
 
@@ -288,7 +285,7 @@ def test_plain_net_folds_to_the_same_function(kind: str) -> None:
 
 
 @kinds
-def test_folded_net_is_refused_with_the_way_to_a_folded_twin(kind: str) -> None:
+def test_folded_net_is_refused_with_the_way_to_a_folded_twin(kind):
     with pytest.raises(ValueError, match='unshare the net that it was folded from, and fold the result'):
         unshare(fold(small(kind)))
 
@@ -302,6 +299,6 @@ def test_folded_net_is_refused_with_the_way_to_a_folded_twin(kind: str) -> None:
     ],
     ids=['layer', 'plain', 'other family'],
 )
-def test_model_that_shares_nothing_is_refused(make: Callable[[], nn.Module]) -> None:
+def test_model_that_shares_nothing_is_refused(make):
     with pytest.raises(TypeError, match='nothing to unshare'):
         unshare(make())

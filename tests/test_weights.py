@@ -11,11 +11,11 @@ import pickle
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import huggingface_hub
 import pytest
 import safetensors.torch
@@ -306,6 +306,11 @@ def load_file(folder, **kwargs):
     return timm.create_model('sharesnet164_cifar', pretrained=True, pretrained_cfg_overlay=overlay, **SMALL, **kwargs)
 
 
+def load_tensors(tensors):
+    overlay = dict(state_dict=tensors)
+    return timm.create_model('sharesnet164_cifar', pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+
+
 @pytest.mark.parametrize('load', [load_folder, load_file])
 @pytest.mark.parametrize('kwargs', ADAPTED, ids=ids)
 def test_own_weights_load(load, kwargs, small, write):
@@ -439,9 +444,7 @@ def test_classifier_that_does_not_fit_is_refused_with_the_cure_or_left_out_where
 def test_tensors_that_cannot_be_weights_are_refused(name, change, reason, small):
     tensors = {**small.tensors, name: change(small.tensors[name])}
     with pytest.raises(RuntimeError, match=f'{name} {reason}'):
-        timm.create_model(
-            'sharesnet164_cifar', pretrained=True, pretrained_cfg_overlay=dict(state_dict=tensors), **SMALL
-        )
+        load_tensors(tensors)
 
 
 def test_statistics_that_cannot_be_are_refused(small):
@@ -450,16 +453,13 @@ def test_statistics_that_cannot_be_are_refused(small):
         'norm.num_batches_tracked': torch.tensor(True),
     }.items():
         with pytest.raises(RuntimeError, match=f'nothing was loaded: {name} '):
-            overlay = dict(state_dict={**small.tensors, name: tensor})
-            timm.create_model('sharesnet164_cifar', pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+            load_tensors({**small.tensors, name: tensor})
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
 def test_weights_of_other_precision_load(dtype, small):
     tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in small.tensors.items()}
-    overlay = dict(state_dict=tensors)
-    model = timm.create_model('sharesnet164_cifar', pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
-    assert_equal(model.state_dict(), {k: v.to(small.tensors[k].dtype) for k, v in tensors.items()})
+    assert_equal(load_tensors(tensors).state_dict(), {k: v.to(small.tensors[k].dtype) for k, v in tensors.items()})
 
 
 @pytest.mark.parametrize('name', ['sharesnet164_cifar', 'sharesnet50'])
@@ -501,23 +501,24 @@ class Client:
         env = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}
         env.update(HF_ENDPOINT=endpoint, HF_HOME=str(package.parent / 'home'), HF_HUB_DISABLE_XET='1')
         env.update(HF_HUB_OFFLINE=str(int(offline)), NO_PROXY='127.0.0.1,localhost', OMP_NUM_THREADS='1')
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen([sys.executable, str(script)], env=env, **pipes)
+        (questions, self._questions), (self._answers, answers) = os.pipe(), os.pipe()
+        self._program = forks.Program([script], [questions, answers, sys.__stderr__], env)
+        os.close(questions), os.close(answers)
+        self._answers = open(self._answers)
         self.hello = self._read()
         assert Path(self.hello.package).parent == package
 
     def load(self, name, **kwargs):
         """What `timm.create_model` gives: digest of the outputs on a fixed input, or the error; and the seconds."""
-        self.process.stdin.write(json.dumps([name, kwargs], default=str) + '\n')
-        self.process.stdin.flush()
+        os.write(self._questions, (json.dumps([name, kwargs], default=str) + '\n').encode())
         return self._read()
 
     def _read(self):
-        return SimpleNamespace(**json.loads(self.process.stdout.readline()))
+        return SimpleNamespace(**json.loads(self._answers.readline()))
 
     def close(self):
-        self.process.kill()
-        self.process.communicate()
+        os.close(self._questions), self._answers.close()
+        self._program.wait()
 
 
 @pytest.fixture(scope='module')

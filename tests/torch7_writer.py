@@ -150,6 +150,25 @@ class Raw:
         self.atoms = atoms
 
 
+# What begins an object that holds another (its second atom is its number), and what ends it. Tables and such hold it as
+# the value or as the key of a number.
+_OBJECT: List[Atom] = [('i', 4), ('i', 0), ('t', b'V 1')]
+_ONE: List[Atom] = [('i', 1), ('d', 1.0)]
+_NIL: List[Atom] = [('i', 0)]
+HOLDERS: Dict[str, Tuple[List[Atom], List[Atom]]] = {
+    'function': ([('i', 6), ('i', 0), ('t', b'')], []),
+    'legacy_function': ([('i', 7), ('i', 0), ('t', b'')], []),
+    'new_function': ([('i', 8), ('i', 0), ('t', b'')], []),
+    'tensor': ([*_OBJECT, ('t', b'torch.FloatTensor'), ('i', 1), *[('q', 1)] * 3], []),
+    'object': ([*_OBJECT, ('t', b'nn.Identity')], []),
+    'table': ([('i', 3), ('i', 0), ('i', 1), *_ONE], []),
+    'key_of_a_table': ([('i', 3), ('i', 0), ('i', 1)], _NIL),
+    'vec': ([*_OBJECT, ('t', b'tds.Vec'), ('i', 1), ('i', 0)], []),
+    'hash': ([*_OBJECT, ('t', b'tds.Hash'), ('i', 1), ('i', 0), *_ONE], []),
+    'key_of_a_hash': ([*_OBJECT, ('t', b'tds.Hash'), ('i', 1), ('i', 0)], _NIL),
+}
+
+
 def serialize(value: Any) -> bytes:
     """Torch7's binary serialization."""
     return pack(atoms(value))
