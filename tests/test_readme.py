@@ -52,6 +52,13 @@ def test_what_it_links_to_is_there(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+def test_page_of_the_package_names_every_file() -> None:
+    package = ROOT / 'timm_sharesnet'
+    names = {path.name for path in package.glob('*.py')} | {path.parent.name for path in package.glob('*/__init__.py')}
+    text = (package / 'README.md').read_text()
+    assert names - {'__init__.py'} == set(re.findall(r'^\|[^|]*\| \[`([\w.]+)`\]', text, re.M))
+
+
 @each_page
 def test_what_its_commands_run_and_name_is_there(page: Path) -> None:
     blocks = '\n'.join(re.findall(r'```bash\n(.*?)```', page.read_text(), re.S))
