@@ -73,18 +73,18 @@ def test_what_its_commands_run_and_name_is_there(page: Path) -> None:
 
 
 def test_table_of_models_is_the_one_of_the_results_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / 'hub'))
-    import results
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import accuracy
 
-    (path,) = results.folder.HUB.glob('results-*.csv')
+    (path,) = accuracy.RESULTS.glob('accuracy-*.csv')
     with path.open(newline='') as file:
         rows = list(csv.DictReader(file))
-    assert results.models_table(rows) + '\n' in README.read_text()
+    assert accuracy.models_table(rows) + '\n' in README.read_text()
     for row in rows:  # counts of the running nets
         model = timm.create_model(row['model'], device='meta')
         assert int(row['param_count']) == sum(p.numel() for p in model.parameters())
-        assert int(row['convs']) == results.count_convolutions(model)
-    assert f'[CSV](../../hub/{path.name})' in (BENCHMARKS / 'README.md').read_text()
+        assert int(row['convs']) == accuracy.count_convolutions(model)
+    assert f'[CSV](results/{path.name})' in (BENCHMARKS / 'README.md').read_text()
 
 
 def test_tables_of_sharing_are_those_of_the_results_file(monkeypatch: pytest.MonkeyPatch) -> None:
