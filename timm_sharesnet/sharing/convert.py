@@ -44,10 +44,10 @@ def share(
     """Make a shared net of a plain one, to be trained on. At low rates, and with `images`, it is near to the plain one.
 
         >>> import timm, timm_sharesnet
-        >>> plain = timm.create_model('resnet50')
+        >>> plain = timm.create_model('resnet164_cifar')
         >>> shared = timm_sharesnet.share(plain, rate=0.5)
         >>> print(shared.share_report.merges[0].blocks, sum(p.numel() for p in shared.parameters()))
-        (1, 2) 24193064
+        (2, 3) 1316186
 
     Everything but the 3x3 that are shared is copied. At rate 0 and without images, the result computes what the model
     does; with images, it has their statistics.
