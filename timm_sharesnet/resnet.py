@@ -20,7 +20,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from .share_rate import ShareRate, stage_rates
-from .stage import SharedStage, SharingBlock
+from .stage import SharedStage, SharingBlock, SharingNet
 from .weights import create, with_sources
 
 __all__ = ['ShaBasicBlock', 'ShaBottleneck', 'ShaResNet']  # register_model adds each entrypoint fn to this
@@ -110,7 +110,7 @@ SHARING_BLOCKS: Dict[Type[nn.Module], Type[SharingBlock]] = {BasicBlock: ShaBasi
 """timm's plain blocks, and those that are made of them by changing the class."""
 
 
-class ShaResNet(ResNet):
+class ShaResNet(SharingNet, ResNet):
     """timm's ResNet whose stages share their stride-1 3x3 convolutions.
 
     Takes the arguments of `timm.models.ResNet`; `block` is `ShaBasicBlock` or `ShaBottleneck`. `share_rate` is how much
@@ -152,35 +152,6 @@ class ShaResNet(ResNet):
         super().init_weights(zero_init_last=zero_init_last)
         if isinstance(self.fc, nn.Linear):
             nn.init.zeros_(self.fc.bias)  # the weight has PyTorch's default, the author's
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Create regex patterns for parameter grouping, a stage's shared convolution with its first block."""
-        return dict(
-            stem=r'^conv1|bn1|maxpool',
-            blocks=r'^layer(\d+)'
-            if coarse
-            else [
-                (r'^layer(\d+)\.blocks\.(\d+)', None),
-                (r'^layer(\d+)\.conv\.(\d+)', None),
-                (r'^layer(\d+)\.conv\.', (0,)),
-            ],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable or disable gradient checkpointing of each block.
-
-        The stages do it. `self.grad_checkpointing` stays False: with it, timm's ResNet flattens the stages and would
-        call their blocks without the shared convolution.
-        """
-        for module in self.modules():
-            if isinstance(module, SharedStage):
-                module.grad_checkpointing = enable
-
-
-def _create_sharesnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ShaResNet:
-    return create(ShaResNet, variant, pretrained, **kwargs)
 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
@@ -225,25 +196,25 @@ default_cfgs = generate_default_cfgs(
 def sharesnet34(pretrained: bool = False, **kwargs: Any) -> ShaResNet:
     """ResNet-34 with shared convolutions, 13.6 M parameters (Table 1)."""
     model_args = dict(block=ShaBasicBlock, layers=(3, 4, 6, 3))
-    return _create_sharesnet('sharesnet34', pretrained, **dict(model_args, **kwargs))
+    return create(ShaResNet, 'sharesnet34', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def sharesnet50(pretrained: bool = False, **kwargs: Any) -> ShaResNet:
     """ResNet-50 with shared convolutions, 20.5 M parameters (Table 1)."""
     model_args = dict(block=ShaBottleneck, layers=(3, 4, 6, 3))
-    return _create_sharesnet('sharesnet50', pretrained, **dict(model_args, **kwargs))
+    return create(ShaResNet, 'sharesnet50', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def sharesnet101(pretrained: bool = False, **kwargs: Any) -> ShaResNet:
     """ResNet-101 with shared convolutions, 29.4 M parameters (Table 1)."""
     model_args = dict(block=ShaBottleneck, layers=(3, 4, 23, 3))
-    return _create_sharesnet('sharesnet101', pretrained, **dict(model_args, **kwargs))
+    return create(ShaResNet, 'sharesnet101', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def sharesnet152(pretrained: bool = False, **kwargs: Any) -> ShaResNet:
     """ResNet-152 with shared convolutions, 36.8 M parameters (Table 1)."""
     model_args = dict(block=ShaBottleneck, layers=(3, 8, 36, 3))
-    return _create_sharesnet('sharesnet152', pretrained, **dict(model_args, **kwargs))
+    return create(ShaResNet, 'sharesnet152', pretrained, **dict(model_args, **kwargs))

@@ -23,17 +23,19 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
 from .share_rate import ShareRate, stage_rates
-from .stage import SharedStage, SharingBlock
+from .stage import SharedStage, SharingBlock, SharingNet
 from .weights import create, with_sources
 
 __all__ = ['PreActBottleneck', 'PreActWideBasic', 'CifarResNetV2']  # register_model adds each entrypoint fn to this
 
 
-class PreActBottleneck(SharingBlock):
-    """Pre-activation bottleneck block: 1x1, 3x3, 1x1. The stride is the first 1x1's, as in the author's code."""
+class _PreActBlock(SharingBlock):
+    """What the pre-activation blocks have in common: the layers up to the 3x3 `conv2`, and the shortcut."""
 
-    branch = ('bn1', 'act1', 'conv1', 'bn2', 'act2', 'drop', 'conv2', 'bn3', 'act3', 'conv3', 'drop_path')
-    expansion = 4
+    kernel: int
+    """Size of the kernel of `conv1`, which has the block's stride."""
+    expansion: int
+    """The block's output has so many times the channels of `conv2`. If it is not 1, a 1x1 convolution follows."""
 
     def __init__(
         self,
@@ -51,12 +53,12 @@ class PreActBottleneck(SharingBlock):
         """
         Args:
             in_chs: Input channels.
-            chs: Channels of the 3x3. The block's output has `expansion` times as many.
+            chs: Channels of `conv2`.
             stride: Stride of the block.
             projection: Use a 1x1 convolution as shortcut, needed where channels or stride change.
             act_layer: Activation layer class.
             norm_layer: Normalization layer class.
-            drop_rate: Dropout rate before the 3x3.
+            drop_rate: Dropout rate before `conv2` (0.3 for the paper's WRN-28-10).
             drop_path_rate: Stochastic depth rate.
         """
         dd = {'device': device, 'dtype': dtype}
@@ -64,16 +66,25 @@ class PreActBottleneck(SharingBlock):
         out_chs = chs * self.expansion
         self.bn1 = norm_layer(in_chs, **dd)
         self.act1 = act_layer(inplace=False)  # with a norm that returns its input, that would be the shortcut
-        self.conv1 = nn.Conv2d(in_chs, chs, 1, stride=stride, bias=False, **dd)
+        self.conv1 = nn.Conv2d(in_chs, chs, self.kernel, stride, padding=self.kernel // 2, bias=False, **dd)
         self.bn2 = norm_layer(chs, **dd)
         self.act2 = act_layer(inplace=True)
         self.drop = nn.Dropout(drop_rate) if drop_rate else nn.Identity()
         self.conv2 = nn.Conv2d(chs, chs, 3, padding=1, bias=False, **dd)
-        self.bn3 = norm_layer(chs, **dd)
-        self.act3 = act_layer(inplace=True)
-        self.conv3 = nn.Conv2d(chs, out_chs, 1, bias=False, **dd)
+        if self.expansion != 1:
+            self.bn3 = norm_layer(chs, **dd)
+            self.act3 = act_layer(inplace=True)
+            self.conv3 = nn.Conv2d(chs, out_chs, 1, bias=False, **dd)
         self.downsample = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd) if projection else None
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
+
+
+class PreActBottleneck(_PreActBlock):
+    """Pre-activation bottleneck block: 1x1, 3x3, 1x1. The stride is the first 1x1's, as in the author's code."""
+
+    branch = ('bn1', 'act1', 'conv1', 'bn2', 'act2', 'drop', 'conv2', 'bn3', 'act3', 'conv3', 'drop_path')
+    kernel = 1
+    expansion = 4
 
     def forward(self, x: torch.Tensor, conv: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(B, in_chs, H, W) -> (B, chs * expansion, H / stride, W / stride). For `conv` see `forward_conv2`."""
@@ -86,47 +97,12 @@ class PreActBottleneck(SharingBlock):
         return self.drop_path(x) + shortcut
 
 
-class PreActWideBasic(SharingBlock):
+class PreActWideBasic(_PreActBlock):
     """Pre-activation basic block of Wide ResNet: two 3x3, dropout between them. Only the second may be shared."""
 
     branch = ('bn1', 'act1', 'conv1', 'bn2', 'act2', 'drop', 'conv2', 'drop_path')
+    kernel = 3
     expansion = 1
-
-    def __init__(
-        self,
-        in_chs: int,
-        chs: int,
-        stride: int = 1,
-        projection: bool = False,
-        act_layer: Type[nn.Module] = nn.ReLU,
-        norm_layer: Type[nn.Module] = nn.BatchNorm2d,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        """
-        Args:
-            in_chs: Input channels.
-            chs: Output channels.
-            stride: Stride of the block, at the first 3x3.
-            projection: Use a 1x1 convolution as shortcut, needed where channels or stride change.
-            act_layer: Activation layer class.
-            norm_layer: Normalization layer class.
-            drop_rate: Dropout rate before the second 3x3 (0.3 for the paper's WRN-28-10).
-            drop_path_rate: Stochastic depth rate.
-        """
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.bn1 = norm_layer(in_chs, **dd)
-        self.act1 = act_layer(inplace=False)  # with a norm that returns its input, that would be the shortcut
-        self.conv1 = nn.Conv2d(in_chs, chs, 3, stride=stride, padding=1, bias=False, **dd)
-        self.bn2 = norm_layer(chs, **dd)
-        self.act2 = act_layer(inplace=True)
-        self.drop = nn.Dropout(drop_rate) if drop_rate else nn.Identity()
-        self.conv2 = nn.Conv2d(chs, chs, 3, padding=1, bias=False, **dd)
-        self.downsample = nn.Conv2d(in_chs, chs, 1, stride=stride, bias=False, **dd) if projection else None
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
 
     def forward(self, x: torch.Tensor, conv: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(B, in_chs, H, W) -> (B, chs, H / stride, W / stride). For `conv` see `forward_conv2`."""
@@ -138,7 +114,7 @@ class PreActWideBasic(SharingBlock):
         return self.drop_path(x) + shortcut
 
 
-class CifarResNetV2(nn.Module):
+class CifarResNetV2(SharingNet):
     """Pre-activation ResNet for 32 x 32 images: a 3x3 stem, three stages with strides 1, 2, 2, and a final norm."""
 
     def __init__(
@@ -238,28 +214,6 @@ class CifarResNetV2(nn.Module):
                 nn.init.kaiming_normal_(m.weight, mode='fan_in', nonlinearity='relu')
         if isinstance(self.fc, nn.Linear):
             nn.init.zeros_(self.fc.bias)  # the weight has PyTorch's default, the author's
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Create regex patterns for parameter grouping, a stage's shared convolution with its first block."""
-        return dict(
-            stem=r'^conv1',
-            blocks=r'^layer(\d+)'
-            if coarse
-            else [
-                (r'^layer(\d+)\.blocks\.(\d+)', None),
-                (r'^layer(\d+)\.conv\.(\d+)', None),
-                (r'^layer(\d+)\.conv\.', (0,)),
-                (r'^norm', (99999,)),
-            ],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable or disable gradient checkpointing of each block."""
-        for module in self.modules():
-            if isinstance(module, SharedStage):
-                module.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
