@@ -173,25 +173,15 @@ class CifarResNetV2(SharingNet):
         self.conv1 = nn.Conv2d(in_chans, chs, 3, padding=1, bias=False, **dd)
         self.feature_info = [dict(num_chs=chs, reduction=1, module='conv1')]
         drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(layers)))
+        block_args = dict(act_layer=act_layer, norm_layer=norm_layer, drop_rate=block_drop_rate, **dd)
         reduction = 1
         for i, num_blocks in enumerate(layers):
             stride = 1 if i == 0 else 2
             stage_chs = 16 * 2**i * widen_factor
             blocks = []
             for j in range(num_blocks):
-                blocks.append(
-                    block(
-                        chs,
-                        stage_chs,
-                        stride=stride if j == 0 else 1,
-                        projection=j == 0,
-                        act_layer=act_layer,
-                        norm_layer=norm_layer,
-                        drop_rate=block_drop_rate,
-                        drop_path_rate=next(drop_path_rates),
-                        **dd,
-                    )
-                )
+                first = dict(stride=stride, projection=True) if j == 0 else {}
+                blocks.append(block(chs, stage_chs, **first, drop_path_rate=next(drop_path_rates), **block_args))
                 chs = stage_chs * block.expansion
             reduction *= stride
             name = f'layer{i + 1}'
@@ -221,12 +211,7 @@ class CifarResNetV2(SharingNet):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Reset the classifier head.
-
-        Args:
-            num_classes: Number of classes for the new classifier, 0 for none.
-            global_pool: Global pooling type, current pooling is kept if None.
-        """
+        """Reset the classifier head, to none if there are 0 classes. The pooling is kept if None is given."""
         weight = self.conv1.weight
         self.num_classes = num_classes
         if global_pool is None:
@@ -249,16 +234,7 @@ class CifarResNetV2(SharingNet):
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
         """Forward features that returns intermediates: the stem's output and that of each stage.
 
-        Args:
-            x: Input of shape (B, C, H, W).
-            indices: Take last n features if int, all if None, select matching indices if sequence.
-            norm: Apply the final norm and activation to the last stage's feature.
-            stop_early: Stop iterating over stages when the last desired feature is reached.
-            output_fmt: Shape of intermediate feature outputs, NCHW.
-            intermediates_only: Only return intermediate features.
-
-        Returns:
-            Final features and list of intermediates, or just the list.
+        The arguments are those of timm's ResNet. `norm` applies the final norm and activation to the last stage's.
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates = []
@@ -287,16 +263,7 @@ class CifarResNetV2(SharingNet):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> List[int]:
-        """Prune layers not required for specified intermediates.
-
-        Args:
-            indices: Indices of intermediate features to keep.
-            prune_norm: Whether to prune the final norm and activation.
-            prune_head: Whether to prune the classifier head.
-
-        Returns:
-            List of indices that were kept.
-        """
+        """Prune layers not required for specified intermediates, as timm's ResNet, and return the indices kept."""
         take_indices, max_index = feature_take_indices(4, indices)
         prune_end = max_index < 3
         for i in range(max_index + 1, 4):

@@ -38,16 +38,14 @@ def with_sources(cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
     A cfg whose weights are not published gets no source, so that timm does not list it as pretrained, and nobody can
     register a repository that we name.
     """
-    return {name: {**cfg, **_sources(name, _MANIFEST.get(name, {}))} for name, cfg in cfgs.items()}
-
-
-def _sources(name: str, entry: Dict[str, Any]) -> Dict[str, str]:
-    sources: Dict[str, str] = {}
-    if entry.get('revision'):
-        sources.update(hf_hub_id=f'{entry["repo"]}@{entry["revision"]}', hf_hub_filename=_FILENAME)
-    if entry.get('packaged'):
-        sources.update(file=str(_WEIGHTS_DIR / f'{name}.safetensors'))  # timm prefers it to the Hub
-    return sources
+    cfgs = {name: dict(cfg) for name, cfg in cfgs.items()}
+    for name in cfgs.keys() & _MANIFEST.keys():
+        entry = _MANIFEST[name]
+        if entry.get('revision'):
+            cfgs[name].update(hf_hub_id=f'{entry["repo"]}@{entry["revision"]}', hf_hub_filename=_FILENAME)
+        if entry.get('packaged'):
+            cfgs[name].update(file=str(_WEIGHTS_DIR / f'{name}.safetensors'))  # timm prefers it to the Hub
+    return cfgs
 
 
 def create(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
@@ -65,10 +63,10 @@ def create(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool =
     model: Any = build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=filter_fn, **kwargs)
     if pretrained:
         _check_runs(model, variant, kwargs.get('pretrained_model_args') or {})
-    cfg = model.pretrained_cfg
-    if pretrained:
         given = [kwargs.get(key) for key in ('pretrained_cfg', 'pretrained_cfg_overlay')]
-        cfg['first_conv'] = resolve_pretrained_cfg(variant, *given).first_conv  # which the filter may have taken out
+        # The filter may have taken it out
+        model.pretrained_cfg['first_conv'] = resolve_pretrained_cfg(variant, *given).first_conv
+    cfg = model.pretrained_cfg
     cfg.pop('state_dict', None)  # loaded, and of no use to whoever saves the model
     if getattr(model, 'num_classes', None) != cfg.get('num_classes'):
         cfg.pop('label_names', None)  # they are not the model's
@@ -118,11 +116,7 @@ def resolve_weights(
 ) -> Dict[str, Any]:
     """Find and verify the weights that `pretrained=True` will load, fetching them where needed.
 
-    Args:
-        variant: Architecture name.
-        pretrained_cfg: As for `timm.create_model`.
-        pretrained_cfg_overlay: As for `timm.create_model`.
-        cache_dir: As for `timm.create_model`.
+    The arguments are those of `timm.create_model`, which passes them on.
 
     Returns:
         The overlay to build the model with. For weights that the package pins it has their tensors.
