@@ -144,10 +144,7 @@ def _temporary(fault: str) -> Iterator[Path]:
 def quantize(path: Union[str, Path], target: Union[str, Path], batches: Sequence[Any]) -> None:
     """Quantize an ONNX file to int8: static QDQ, as ONNX Runtime recommends (after `quant_pre_process`).
 
-    Args:
-        path: File to read.
-        target: File to write.
-        batches: Preprocessed images for the calibration, arrays of shape (B, C, H, W).
+    It is calibrated with `batches` of preprocessed images, arrays of shape (B, C, H, W).
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static

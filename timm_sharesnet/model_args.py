@@ -98,10 +98,7 @@ def difference(model: nn.Module, expected: nn.Module, ignored: Iterable[str] = (
 
     Dropout and the momentum of batch norms, which are for training, make no difference.
 
-    Args:
-        model: A net.
-        expected: What it should be.
-        ignored: Names of layers that need not be alike, nor what they consist of.
+    `ignored` are names of layers that need not be alike, nor what they consist of.
     """
     found, wanted = _layers(model), _layers(expected)
     ignored = tuple(f'{name}.' for name in ignored)
@@ -163,17 +160,13 @@ def _is_arch(name: Any) -> bool:
 def other_net_beside(weights: Union[str, Path], model: Any, ignored: Iterable[str] = ()) -> str:
     """What to say if weights whose tensors fit a model are those of another one, by what is saved beside them.
 
-    Args:
-        weights: File of weights.
-        model: The model that they are for.
-        ignored: Names of layers that need not be alike, nor what they consist of.
+    For `ignored` see `difference`.
     """
     try:
         saved = net_beside(weights)
     except Exception as e:  # whatever a model's constructor raises
         return f'lies beside a config that builds no model: {headline(e)}'
-    where = '' if saved is None else difference(model, saved[1], ignored)
-    if saved is None or not where:
+    if saved is None or not (where := difference(model, saved[1], ignored)):
         return ''
     return (
         f'has the weights of a net that computes something else, by {saved[0]} beside it: {where}. The options for it '

@@ -4,9 +4,6 @@ A. Boulch trained ShaResNet in Torch7 and saved whole models: trees of modules i
 (https://github.com/torch/torch7/blob/master/doc/serialization.md). The PyPI package `torchfile` parses it and runs none
 of it; what a file may make it do is bounded here, because a file may be anything. The tree is compared with the timm
 model module by module, so that a file whose tensors happen to fit does not pass for the network it is not.
-
-Paper: A. Boulch, `ShaResNet: reducing residual network parameter number by sharing weights`, Pattern Recognition
-Letters 2018 - https://doi.org/10.1016/j.patrec.2018.01.006
 """
 
 import errno

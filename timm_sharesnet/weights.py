@@ -264,8 +264,6 @@ def save_folder(
     If it is there, its `model.safetensors` and `config.json` are replaced, and no other file is touched.
 
     Args:
-        model: Model with timm's `pretrained_cfg`.
-        folder: Folder to write.
         model_args: Arguments that build the model again, beside its name. The number of classes is not repeated in
             config.json: transformers passes it beside `model_args` and fails where that has it, too
             (huggingface/transformers#34564). timm takes it from the top level.
@@ -308,8 +306,6 @@ def checkpoint_filter_fn(
     of input channels of the cfg's `input_size`, which timm adapts, in place of the model's.
 
     Args:
-        state_dict: Tensors of the checkpoint.
-        model: Model to load them into.
         features_only: The model will be a backbone, whose classifier does not matter.
 
     Raises:
@@ -351,10 +347,6 @@ def checkpoint_filter_fn(
 
 def mismatches(expected: Mapping[str, torch.Tensor], found: Mapping[str, Any]) -> Dict[str, str]:
     """What is wrong with tensors that should be a model's: names, shapes, types and values.
-
-    Args:
-        expected: State dict of the model. Its values do not matter.
-        found: Tensors of a checkpoint.
 
     Returns:
         A sentence for each name at fault, in order of the names.

@@ -39,11 +39,7 @@ from .training import build_model, check_machine, check_size, check_training, da
 
 
 def preflight(config: str, options: Sequence[str] = ()) -> List[str]:
-    """Check a config with the options that train.py will get beside it.
-
-    Args:
-        config: Path of the YAML file.
-        options: Command line of train.py without `--config`.
+    """Check the YAML file `config` with the options that train.py will get beside it.
 
     Returns:
         Lines that say what was checked and found.
@@ -63,8 +59,8 @@ def preflight(config: str, options: Sequence[str] = ()) -> List[str]:
     size = check_size(args, model, data['input_size'][1:])
     training, epochs = check_training(args, model, data)
     lines = [f'config  {config}: all keys and values are options of train.py']
-    before, now = train_options(VERSIONS[0]), train_options()
-    newer = [key for key in now if key not in before and getattr(args, key) != now[key].get('default')]
+    known = train_options(VERSIONS[0])
+    newer = [k for k, option in train_options().items() if k not in known and getattr(args, k) != option.get('default')]
     if newer:
         lines.append(f'        {", ".join(newer)}: only in a train.py newer than timm {VERSIONS[0]}')
     if args.aug_repeats:

@@ -44,11 +44,7 @@ def train_parser() -> argparse.ArgumentParser:
 
 
 def check_config(config: Any, version: str = VERSIONS[-1]) -> None:
-    """Check the keys and values of a config against the options of train.py.
-
-    Args:
-        config: What the YAML file holds.
-        version: One of `VERSIONS`.
+    """Check what a YAML file holds, keys and values, against the options of train.py at one of `VERSIONS`.
 
     Raises:
         CommandError: If a key is not an option, or its value is not what the option takes.
@@ -112,11 +108,7 @@ def _converts(kind: str, text: str) -> bool:
 
 
 def parse_train_args(path: str, options: Sequence[str]) -> argparse.Namespace:
-    """The arguments that train.py would see.
-
-    Args:
-        path: Path of the YAML file.
-        options: Command line of train.py without `--config`.
+    """The arguments that train.py would see for a YAML file and the rest of its command line.
 
     Raises:
         CommandError: If the file is no config, or a key, a value or an option is not train.py's.
