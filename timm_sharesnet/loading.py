@@ -69,7 +69,7 @@ def read_checkpoint(path: Union[str, Path], use_ema: bool = True) -> Dict[str, t
         CommandError: If it is not there, or not such a file.
     """
     if not os.path.isfile(path):
-        raise CommandError(f'there is no file {path}')
+        raise CommandError(f'there is no file {path}.')
     try:
         state_dict = load_state_dict(str(path), use_ema=use_ema)
     except Exception as e:  # torch.load raises many kinds at a damaged file

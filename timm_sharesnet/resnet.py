@@ -135,12 +135,10 @@ class ShaResNet(SharingNet, ResNet):
             raise ValueError(f'layers must be four positive numbers of blocks, got {layers}.')
         rates = stage_rates(share_rate, len(layers))
         super().__init__(block, layers, *args, **kwargs)
-        for i, name in enumerate(self._stage_names()):
+        for i in range(4):
+            name = f'layer{i + 1}'
             # Nominal stride, not the one left by output_stride: a dilated net has the parameters of the strided one.
             setattr(self, name, SharedStage(getattr(self, name), block.first_shared(i), rates[i]))
-
-    def _stage_names(self):
-        return [info['module'] for info in self.feature_info[1:]]
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:

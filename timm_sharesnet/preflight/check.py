@@ -28,7 +28,6 @@ Datasets that are streamed or looked up while training (`hfds/`, `hfids/`, `tfds
 summary says so. The options are those of train.py at the versions in `train_options.json`.
 """
 
-import os
 from typing import List, Sequence
 
 from ..cli import CommandError, command, concerning, printable
@@ -49,10 +48,6 @@ def preflight(config: str, options: Sequence[str] = ()) -> List[str]:
     """
     args = parse_train_args(config, options)
     machine = check_machine(args)
-    checkpoints = [key for key in ('pretrained_path', 'initial_checkpoint', 'resume') if getattr(args, key)]
-    for key in checkpoints:
-        if not os.path.isfile(getattr(args, key)):
-            raise CommandError(f'{key}: there is no file {getattr(args, key)}.')
     model = build_model(args)
     num_classes = model.num_classes
     data = data_config(args, model)
@@ -71,8 +66,8 @@ def preflight(config: str, options: Sequence[str] = ()) -> List[str]:
     lines.append(f'train   {training}')
     if args.pretrained:
         lines.append(f'weights {check_pretrained(args, model)}')
-    for key in checkpoints:
-        if key != 'pretrained_path':
+    for key in 'initial_checkpoint', 'resume':
+        if getattr(args, key):
             lines.append(f'weights {check_checkpoint(args, key, model, epochs)}')
     if args.kd_model_name:
         lines.append(f'teacher {check_teacher(args, num_classes)}')
