@@ -30,7 +30,7 @@ __all__ = ['PreActBottleneck', 'PreActWideBasic', 'CifarResNetV2']  # register_m
 
 
 class _PreActBlock(SharingBlock):
-    """What the pre-activation blocks have in common: the layers up to the 3x3 `conv2`, and the shortcut."""
+    """Pre-activation block: batch norm and activation come before each convolution."""
 
     kernel: int
     """Size of the kernel of `conv1`, which has the block's stride."""
@@ -71,12 +71,24 @@ class _PreActBlock(SharingBlock):
         self.act2 = act_layer(inplace=True)
         self.drop = nn.Dropout(drop_rate) if drop_rate else nn.Identity()
         self.conv2 = nn.Conv2d(chs, chs, 3, padding=1, bias=False, **dd)
+        self.conv3 = None
         if self.expansion != 1:
             self.bn3 = norm_layer(chs, **dd)
             self.act3 = act_layer(inplace=True)
             self.conv3 = nn.Conv2d(chs, out_chs, 1, bias=False, **dd)
         self.downsample = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd) if projection else None
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
+
+    def forward(self, x: torch.Tensor, conv: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """(B, in_chs, H, W) -> (B, chs * expansion, H / stride, W / stride). For `conv` see `forward_conv2`."""
+        preact = self.act1(self.bn1(x))
+        shortcut = self.downsample(preact) if self.downsample is not None else x
+        x = self.conv1(preact)
+        x = self.drop(self.act2(self.bn2(x)))
+        x = self.forward_conv2(x, conv)
+        if self.conv3 is not None:
+            x = self.conv3(self.act3(self.bn3(x)))
+        return self.drop_path(x) + shortcut
 
 
 class PreActBottleneck(_PreActBlock):
@@ -86,16 +98,6 @@ class PreActBottleneck(_PreActBlock):
     kernel = 1
     expansion = 4
 
-    def forward(self, x: torch.Tensor, conv: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """(B, in_chs, H, W) -> (B, chs * expansion, H / stride, W / stride). For `conv` see `forward_conv2`."""
-        preact = self.act1(self.bn1(x))
-        shortcut = self.downsample(preact) if self.downsample is not None else x
-        x = self.conv1(preact)
-        x = self.drop(self.act2(self.bn2(x)))
-        x = self.forward_conv2(x, conv)
-        x = self.conv3(self.act3(self.bn3(x)))
-        return self.drop_path(x) + shortcut
-
 
 class PreActWideBasic(_PreActBlock):
     """Pre-activation basic block of Wide ResNet: two 3x3, dropout between them. Only the second may be shared."""
@@ -103,15 +105,6 @@ class PreActWideBasic(_PreActBlock):
     branch = ('bn1', 'act1', 'conv1', 'bn2', 'act2', 'drop', 'conv2', 'drop_path')
     kernel = 3
     expansion = 1
-
-    def forward(self, x: torch.Tensor, conv: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """(B, in_chs, H, W) -> (B, chs, H / stride, W / stride). For `conv` see `forward_conv2`."""
-        preact = self.act1(self.bn1(x))
-        shortcut = self.downsample(preact) if self.downsample is not None else x
-        x = self.conv1(preact)
-        x = self.drop(self.act2(self.bn2(x)))
-        x = self.forward_conv2(x, conv)
-        return self.drop_path(x) + shortcut
 
 
 class CifarResNetV2(SharingNet):

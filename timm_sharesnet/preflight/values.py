@@ -123,10 +123,9 @@ def _conflicts(args: argparse.Namespace) -> Iterator[str]:
     """Options that do not go together: train.py stops at them by an assertion, at the first batch, or goes on."""
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixing and not args.naflex_loader:
-        for name in ('train_batch_sizes',) if args.train_batch_sizes else ('batch_size',):
-            odd = [v for v in _leaves(getattr(args, name)) if v % 2]
-            if odd:
-                yield f'{name}: {odd[0]} is odd, and mixup and cutmix mix the images of a batch in pairs.'
+        name = 'train_batch_sizes' if args.train_batch_sizes else 'batch_size'
+        if odd := [v for v in _leaves(getattr(args, name)) if v % 2]:
+            yield f'{name}: {odd[0]} is odd, and mixup and cutmix mix the images of a batch in pairs.'
         if args.aug_splits and not args.no_prefetcher:
             yield 'aug_splits: goes with mixup and cutmix only under no_prefetcher.'
     interpolation = args.train_interpolation or args.interpolation
