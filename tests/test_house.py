@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = 'timm_sharesnet'
 FLOORS = [
     ['_autoload', 'cli', 'conv_bn', 'share_rate', 'tracing'],
-    ['images', 'loading', 'model_args', 'stage', 'weights'],
+    ['images', 'loading', 'model_args', 'net', 'stage', 'weights'],
     ['resnet', 'resnetv2'],
     ['folding', 'sharing', 'torch7'],
     ['export', 'preflight', 'sharesnet'],

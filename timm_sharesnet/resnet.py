@@ -19,8 +19,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from .net import SharingNet
 from .share_rate import ShareRate, stage_rates
-from .stage import SharedStage, SharingBlock, SharingNet
+from .stage import SharedStage, SharingBlock
 from .weights import create, with_sources
 
 __all__ = ['ShaBasicBlock', 'ShaBottleneck', 'ShaResNet']  # register_model adds each entrypoint fn to this

@@ -22,8 +22,9 @@ from timm.layers import DropPath, LayerType, calculate_drop_path_rates, create_c
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
+from .net import SharingNet
 from .share_rate import ShareRate, stage_rates
-from .stage import SharedStage, SharingBlock, SharingNet
+from .stage import SharedStage, SharingBlock
 from .weights import create, with_sources
 
 __all__ = ['PreActBottleneck', 'PreActWideBasic', 'CifarResNetV2']  # register_model adds each entrypoint fn to this

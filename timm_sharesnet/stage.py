@@ -17,7 +17,7 @@ the file, `ModelEmaV3` decays the weight once per use, and `functional_call` and
 the module rather than its weight keeps hooks, FLOP counters and replacement by name (LoRA, parametrization) working.
 """
 
-from typing import Any, Dict, Final, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Final, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -28,7 +28,7 @@ from .conv_bn import Branch, conv_args, fold_branch, fold_sequentials, is_plain,
 from .share_rate import Rate, split_runs
 from .tracing import ScriptableStage, is_tracing, traced_conv
 
-__all__ = ['SharedStage', 'SharingBlock', 'SharingNet']
+__all__ = ['SharedStage', 'SharingBlock']
 
 
 class SharingBlock(nn.Module):
@@ -181,9 +181,7 @@ class SharedStage(ScriptableStage):
 
     @torch.jit.unused
     def reparameterize(self) -> None:
-        """Fold the stage's batch norms, in place, see `timm_sharesnet.fold`.
-
-        The name is timm's: `timm.utils.reparameterize_model` calls it, and so does `--reparam` of timm's scripts.
+        """Fold the stage's batch norms, in place (`timm_sharesnet.fold`): timm's name, which `--reparam` calls.
 
         Raises:
             ValueError: If something was added to a shared convolution (LoRA, pruning, a bias, a hook).
@@ -192,32 +190,6 @@ class SharedStage(ScriptableStage):
         for i, block in enumerate(self.blocks):
             fold_branch(block, block.branch, self.conv_of(i))
         fold_sequentials(self)
-
-
-class SharingNet(nn.Module):
-    """Base of the nets of such stages, `layer1`, `layer2` and so on: what timm asks of a net about its blocks."""
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Create regex patterns for parameter grouping, a stage's shared convolution with its first block."""
-        blocks = [
-            (r'^layer(\d+)\.blocks\.(\d+)', None),
-            (r'^layer(\d+)\.conv\.(\d+)', None),
-            (r'^layer(\d+)\.conv\.', (0,)),
-            (r'^norm', (99999,)),
-        ]
-        return dict(stem=r'^conv1|bn1|maxpool', blocks=r'^layer(\d+)' if coarse else blocks)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable or disable gradient checkpointing of each block.
-
-        The stages do it. `grad_checkpointing` of timm's ResNet stays False: with it, that flattens the stages and would
-        call their blocks without the shared convolution.
-        """
-        for module in self.modules():
-            if isinstance(module, SharedStage):
-                module.grad_checkpointing = enable
 
 
 def _share(blocks: Sequence[SharingBlock]) -> nn.Conv2d:
