@@ -66,216 +66,194 @@ def test_tracked_weights_stay_under_80_mb():
     assert files and sum(file.stat().st_size for file in files) < 80e6
 
 
-def damage_json(name, change):
+def in_json(name, change):
     def damage(path):
-        file = path / name
-        data = json.loads(file.read_text())
+        data = json.loads((path / name).read_text())
         change(data)
-        file.write_text(json.dumps(data))
+        (path / name).write_text(json.dumps(data))
 
     return damage
 
 
-def damage_onnx(change):
-    return damage_json('../manifest.json', lambda d: change(d[NAME]['onnx']))
+def in_config(change):
+    return in_json('config.json', change)
 
 
+def in_manifest(change):
+    return in_json('../manifest.json', lambda d: change(d[NAME]))
+
+
+def in_pin(**values):
+    return in_json('../../timm_sharesnet/weights.json', lambda d: d[NAME].update(values))
+
+
+def in_card(old, new):
+    return lambda path: edit(path / 'README.md', old, new)
+
+
+def flip(name):
+    return lambda path: flip_last_byte(path / name)
+
+
+def write(name, text=''):
+    return lambda path: (path / name).write_text(text)
+
+
+def truncate(name):
+    return lambda path: os.truncate(path / name, 1000)
+
+
+def unlink(name):
+    return lambda path: (path / name).unlink()
+
+
+def link(name, moved):
+    return lambda path: (path / name).rename(path / moved) and (path / name).symlink_to(path / moved)
+
+
+W, ARGS = 'model.safetensors', "config.json has model_args {'in_chans': 3, 'global_pool': 'avg'"
 DAMAGE = {
-    'a flipped byte': (lambda p: flip_last_byte(p / 'model.safetensors'), 'model.safetensors has the SHA-256 '),
-    'a truncated file': (
-        lambda p: (p / 'model.safetensors').write_bytes((p / 'model.safetensors').read_bytes()[:1000]),
-        'model.safetensors has 1,000 bytes, weights.json says 3,902,048',
-    ),
-    'no weights': (lambda p: (p / 'model.safetensors').unlink(), 'model.safetensors is missing'),
-    'no card': (lambda p: (p / 'README.md').unlink(), 'README.md is missing'),
-    'a pickle': (lambda p: (p / 'pytorch_model.bin').touch(), 'pytorch_model.bin does not belong there'),
+    'a flipped byte': (flip(W), 'model.safetensors has the SHA-256 '),
+    'a truncated file': (truncate(W), 'model.safetensors has 1,000 bytes, weights.json says 3,902,048'),
+    'no weights': (unlink(W), 'model.safetensors is missing'),
+    'no card': (unlink('README.md'), 'README.md is missing'),
+    'a pickle': (write('pytorch_model.bin'), 'pytorch_model.bin does not belong there'),
     'a folder': (lambda p: (p / '.cache').mkdir(), '.cache does not belong there'),
-    'a link': (
-        lambda p: (p / 'curves.png').rename(p / 'x') and (p / 'curves.png').symlink_to('x'),
-        'curves.png does not belong there',
-    ),
-    'no provenance': (lambda p: (p / 'training.json').unlink(), 'it does not tell how the weights came about'),
+    'a link': (link('curves.png', 'x'), 'curves.png does not belong there'),
+    'no provenance': (unlink('training.json'), 'it does not tell how the weights came about'),
     'a path': (
-        damage_json('training.json', lambda d: d.update(how='/home/me/runs/last.pth')),
+        in_json('training.json', lambda d: d.update(how='/home/me/runs/last.pth')),
         'training.json: how is not in plain words',
     ),
-    'broken provenance': (lambda p: (p / 'training.json').write_text('{'), 'training.json cannot be read'),
-    'no curves': (lambda p: (p / 'curves.png').unlink(), 'curves.png is missing'),
-    'broken curves': (lambda p: (p / 'curves.png').write_bytes(b'PNG'), 'provenance cannot be verified'),
+    'broken provenance': (write('training.json', '{'), 'training.json cannot be read'),
+    'another seed': (in_json('training.json', lambda d: d.update(seed=7)), 'seed: the manifest says 0, the record 7'),
+    'no curves': (unlink('curves.png'), 'curves.png is missing'),
+    'broken curves': (write('curves.png', 'PNG'), 'provenance cannot be verified'),
     'another architecture': (
-        damage_json('config.json', lambda d: d.update(architecture='resnet164_cifar')),
+        in_config(lambda d: d.update(architecture='resnet164_cifar')),
         "config.json has architecture 'resnet164_cifar' instead of 'sharesnet164_cifar'",
     ),
     'another tag': (
-        damage_json('config.json', lambda d: d['pretrained_cfg'].update(tag='x_c10')),
+        in_config(lambda d: d['pretrained_cfg'].update(tag='x_c10')),
         "config.json has tag 'x_c10' instead of 'cpu_c10'",
     ),
-    'other labels': (
-        damage_json('config.json', lambda d: d['label_names'].reverse()),
-        'config.json has label_names',
-    ),
+    'other labels': (in_config(lambda d: d['label_names'].reverse()), 'config.json has label_names'),
     'what transformers would pass twice': (
-        damage_json('config.json', lambda d: d['model_args'].update(num_classes=10)),
-        "config.json has model_args {'in_chans': 3, 'global_pool': 'avg', 'num_classes': 10} instead of {'in_chans'",
+        in_config(lambda d: d['model_args'].update(num_classes=10)),
+        f"{ARGS}, 'num_classes': 10}} instead of {{'in_chans'",
     ),
     'other arguments': (
-        damage_json('config.json', lambda d: d['model_args'].update(act_layer='silu')),
-        "config.json has model_args {'in_chans': 3, 'global_pool': 'avg', 'act_layer': 'silu'} instead of {'in_chans'",
+        in_config(lambda d: d['model_args'].update(act_layer='silu')),
+        f"{ARGS}, 'act_layer': 'silu'}} instead of {{'in_chans'",
     ),
     'a pooling that only the config has for information': (
-        damage_json('../manifest.json', lambda d: d[NAME]['model_args'].update(global_pool='max')),
-        "config.json has model_args {'in_chans': 3, 'global_pool': 'avg'} instead of {'in_chans': 3, 'global_pool': 'm",
+        in_manifest(lambda d: d['model_args'].update(global_pool='max')),
+        f"{ARGS}}} instead of {{'in_chans': 3, 'global_pool': 'm",
     ),
     'arguments of what is loaded by name': (
-        damage_json('../manifest.json', lambda d: d[NAME]['model_args'].update(share_rate=0.5)),
+        in_manifest(lambda d: d['model_args'].update(share_rate=0.5)),
         'weights.json has a pin or "packaged", by which they would load without `share_rate=0.5`',
     ),
-    'arguments in the card': (
-        lambda p: edit(p / 'README.md', '| Parameters |', '| Arguments (`model_args`) | `x=1` |\n| Parameters |'),
-        'README.md: line 54 is not one that build.py writes',
-    ),
-    'another hash': (damage_json('config.json', lambda d: d.update(sha256='0')), "config.json has sha256 '0' instead"),
+    'another hash': (in_config(lambda d: d.update(sha256='0')), "config.json has sha256 '0' instead"),
     'a source': (
-        damage_json('config.json', lambda d: d['pretrained_cfg'].update(url='https://example.org/x.bin')),
+        in_config(lambda d: d['pretrained_cfg'].update(url='https://example.org/x.bin')),
         'config.json must not name a source of weights: url',
     ),
-    'broken config': (lambda p: (p / 'config.json').write_text('{'), 'config.json is not valid'),
-    'accuracy in the card': (
-        lambda p: edit(p / 'README.md', '| **this model** | 94.31 %', '| **this model** | 95.31 %'),
-        'README.md does not have the line: | **this model** | 94.31 % |',
-    ),
-    'accuracy in the metadata': (
-        lambda p: edit(p / 'README.md', 'value: 0.9431', 'value: 0.9531'),
-        'README.md does not have the line:       value: 0.9431',
-    ),
-    'parameters in the card': (
-        lambda p: edit(p / 'README.md', '| Parameters | 929,114', '| Parameters | 829,114'),
-        'README.md does not have the line: | Parameters | 929,114',
-    ),
-    "the twin's accuracy": (
-        lambda p: edit(p / 'README.md', 'same recipe | not measured', 'same recipe | 94.50 %'),
-        'README.md does not have the line: | its unshared twin `resnet164_cifar`, same recipe | not measured',
-    ),
-    'license': (
-        lambda p: edit(p / 'README.md', 'license: apache-2.0', 'license: mit'),
-        'README.md does not have the line: license: apache-2.0',
+    'broken config': (write('config.json', '{'), 'config.json is not valid'),
+    'arguments in the card': (
+        in_card('| Parameters |', '| Arguments (`model_args`) | `x=1` |\n| Parameters |'),
+        'README.md: line 54 is not one that build.py writes',
     ),
     'a second row for the accuracy': (
-        lambda p: edit(
-            p / 'README.md', '| **this model** |', '| **this model** | 99.31 % | - |  |\n| **this model** |'
-        ),
+        in_card('| **this model** |', '| **this model** | 99.31 % | - |  |\n| **this model** |'),
         'README.md: line 69 is not one that build.py writes',
     ),
-    'another data set in the metadata': (
-        lambda p: edit(p / 'README.md', 'type: uoft-cs/cifar10', 'type: uoft-cs/cifar100'),
-        'README.md does not have the line:       type: uoft-cs/cifar10',
-    ),
     'an addition to the metadata': (
-        lambda p: edit(p / 'README.md', 'license: apache-2.0', 'license: apache-2.0\nbase_model: foo/bar'),
+        in_card('license: apache-2.0', 'license: apache-2.0\nbase_model: foo/bar'),
         'README.md: line 6 is not one that build.py writes',
     ),
-    'another seed': (
-        damage_json('training.json', lambda d: d.update(seed=7)),
-        'seed: the manifest says 0, the record 7',
-    ),
-    'broken metadata': (
-        lambda p: edit(p / 'README.md', 'license: apache-2.0', 'license: ['),
-        'README.md does not have the line: license: apache-2.0',
-    ),
-    'no entry': (
-        lambda p: (p.parent / 'manifest.json').write_text('{}'),
-        'no entry in manifest.json',
-    ),
-    'no pin': (
-        lambda p: (p.parents[1] / 'timm_sharesnet' / 'weights.json').write_text('{}'),
-        'no entry in weights.json',
-    ),
+    'broken manifest': (write('../manifest.json', '{'), 'manifest.json is not valid'),
+    'no entry': (write('../manifest.json', '{}'), 'no entry in manifest.json'),
+    'no pin': (write('../../timm_sharesnet/weights.json', '{}'), 'no entry in weights.json'),
     'half an entry': (
-        damage_json('../manifest.json', lambda d: d[NAME].pop('sample')),
+        in_manifest(lambda d: d.pop('sample')),
         'no valid entry in manifest.json: sample is missing or unknown',
     ),
     'other data': (
-        damage_json('../manifest.json', lambda d: d[NAME].update(data='CIFAR-100')),
+        in_manifest(lambda d: d.update(data='CIFAR-100')),
         'data: the manifest says CIFAR-100, the tag CIFAR-10',
     ),
-    'another hash in the package': (
-        damage_json('../../timm_sharesnet/weights.json', lambda d: d[NAME].update(sha256='0' * 64)),
-        f'weights.json says {"0" * 64}',
-    ),
+    'another hash in the package': (in_pin(sha256='0' * 64), f'weights.json says {"0" * 64}'),
     'a pin of another repository': (
-        damage_json('../../timm_sharesnet/weights.json', lambda d: d[NAME].update(repo='x/y', revision='a' * 40)),
+        in_pin(repo='x/y', revision='a' * 40),
         f'weights.json pins x/y@{"a" * 40}, not timm-sharesnet/{NAME} at a full commit',
     ),
     'a pin that can move': (
-        damage_json(
-            '../../timm_sharesnet/weights.json',
-            lambda d: d[NAME].update(repo=f'timm-sharesnet/{NAME}', revision='main'),
-        ),
+        in_pin(repo=f'timm-sharesnet/{NAME}', revision='main'),
         f'weights.json pins timm-sharesnet/{NAME}@main',
     ),
-    'a flipped byte in ONNX': (lambda p: flip_last_byte(p / 'onnx/model.onnx'), 'onnx/model.onnx has the SHA-256 '),
-    'a truncated ONNX file': (
-        lambda p: (p / 'onnx/model.onnx').write_bytes((p / 'onnx/model.onnx').read_bytes()[:1000]),
-        'onnx/model.onnx has 1,000 bytes, the manifest says ',
-    ),
+    'a flipped byte in ONNX': (flip('onnx/model.onnx'), 'onnx/model.onnx has the SHA-256 '),
+    'a truncated ONNX file': (truncate('onnx/model.onnx'), 'onnx/model.onnx has 1,000 bytes, the manifest says '),
     'int8 in place of fp32': (
         lambda p: shutil.copyfile(p / 'onnx/model_quantized.onnx', p / 'onnx/model.onnx'),
         'onnx/model.onnx has ',
     ),
-    'no int8': (lambda p: (p / 'onnx/model_quantized.onnx').unlink(), 'onnx/model_quantized.onnx is missing'),
+    'no int8': (unlink('onnx/model_quantized.onnx'), 'onnx/model_quantized.onnx is missing'),
     'no ONNX at all': (lambda p: shutil.rmtree(p / 'onnx'), 'onnx/ is missing'),
-    'another ONNX file': (lambda p: (p / 'onnx/model_fp16.onnx').touch(), 'onnx/model_fp16.onnx does not belong there'),
+    'another ONNX file': (write('onnx/model_fp16.onnx'), 'onnx/model_fp16.onnx does not belong there'),
     'a folder in onnx/': (lambda p: (p / 'onnx/x').mkdir(), 'onnx/x does not belong there'),
-    'a link to ONNX': (
-        lambda p: (p / 'onnx/model.onnx').rename(p / 'x') and (p / 'onnx/model.onnx').symlink_to('../x'),
-        'onnx/model.onnx does not belong there',
-    ),
-    'a link to the folder': (
-        lambda p: (p / 'onnx').rename(p.parent / 'x') and (p / 'onnx').symlink_to('../x'),
-        'onnx does not belong there',
-    ),
-    'accuracy of int8 in the card': (
-        lambda p: edit(p / 'README.md', '| 94.37 % | 7 |', '| 94.97 % | 7 |'),
-        'README.md does not have the line: | `onnx/model_quantized.onnx` | ',
-    ),
-    "the size of the twin's file in the card": (
-        lambda p: edit(p / 'README.md', "its unshared twin's, fp32 | 6", "its unshared twin's, fp32 | 9"),
-        "README.md does not have the line: | its unshared twin's, fp32 | 6",
-    ),
-    'a file that the manifest does not have in the card': (
-        lambda p: edit(p / 'README.md', '| `onnx/model.onnx` |', '| `onnx/model_fp16.onnx` |'),
-        'README.md does not have the line: | `onnx/model.onnx` |',
-    ),
+    'a link to ONNX': (link('onnx/model.onnx', 'x'), 'onnx/model.onnx does not belong there'),
+    'a link to the folder': (link('onnx', '../x'), 'onnx does not belong there'),
     'half an ONNX entry': (
-        damage_onnx(lambda d: d['files']['model.onnx'].pop('kernels')),
+        in_manifest(lambda d: d['onnx']['files']['model.onnx'].pop('kernels')),
         'onnx/model.onnx: kernels is missing or unknown in the manifest',
     ),
     'no fp32 in the manifest': (
-        damage_onnx(lambda d: d['files'].pop('model.onnx')),
+        in_manifest(lambda d: d['onnx']['files'].pop('model.onnx')),
         'onnx: the manifest must have model.onnx',
     ),
-    'no twin': (damage_onnx(lambda d: d.update(twin=None)), "onnx: the manifest has [] of the twin's files"),
+    'no twin': (in_manifest(lambda d: d['onnx'].update(twin=None)), "the manifest has [] of the twin's files"),
     'an impossible session': (
-        damage_onnx(lambda d: d['files']['model.onnx']['session'].update(held=99.9)),
+        in_manifest(lambda d: d['onnx']['files']['model.onnx']['session'].update(held=99.9)),
         'onnx/model.onnx: a session of ',
     ),
     'another accuracy of fp32': (
-        damage_onnx(lambda d: d['files']['model.onnx']['accuracy'].update(top1=95.31)),
+        in_manifest(lambda d: d['onnx']['files']['model.onnx']['accuracy'].update(top1=95.31)),
         'onnx/model.onnx: the top-1 is 95.31 %, that of model.safetensors 94.31 %',
     ),
-    'broken manifest': (lambda p: (p.parent / 'manifest.json').write_text('{'), 'manifest.json is not valid'),
+}
+# What a line of the card has, and what else it says then
+CARD = {
+    'accuracy': ('| **this model** | 94.31 %', '| **this model** | 95.31 %'),
+    'accuracy in the metadata': ('value: 0.9431', 'value: 0.9531'),
+    'parameters': ('| Parameters | 929,114', '| Parameters | 829,114'),
+    "the twin's accuracy": ('same recipe | not measured', 'same recipe | 94.50 %'),
+    'license': ('license: apache-2.0', 'license: mit'),
+    'data set in the metadata': ('type: uoft-cs/cifar10', 'type: uoft-cs/cifar100'),
+    'broken metadata': ('license: apache-2.0', 'license: ['),
+    'accuracy of int8': ('| 94.37 % | 7 |', '| 94.97 % | 7 |'),
+    "the size of the twin's file": ("its unshared twin's, fp32 | 6", "its unshared twin's, fp32 | 9"),
+    'a file that the manifest does not have': ('| `onnx/model.onnx` |', '| `onnx/model_fp16.onnx` |'),
 }
 
 
-@pytest.mark.parametrize('case', DAMAGE)
-def test_damage_is_named(check, unloaded, project, path, run, case):
-    damage, message = DAMAGE[case]
+def assert_named(damage, message, project, path, run):
     damage(path)
     before = snapshot(project)
     code, _, err = run('check', path)
-    assert code == 2
-    assert any(line.startswith(f'check.py: {NAME}: {message}') or message in line for line in err), err
+    assert code == 2 and any(message in line for line in err), err
     assert snapshot(project) == before
+
+
+@pytest.mark.parametrize('case', DAMAGE)
+def test_damage_is_named(unloaded, project, path, run, case):
+    assert_named(*DAMAGE[case], project, path, run)
+
+
+@pytest.mark.parametrize(('old', 'new'), CARD.values(), ids=CARD)
+def test_line_of_the_card_that_says_something_else_is_named(unloaded, project, path, run, old, new):
+    line = next(line for line in (path / 'README.md').read_text().splitlines() if old in line)
+    assert_named(in_card(old, new), f'{NAME}: README.md does not have the line: {line}', project, path, run)
 
 
 @pytest.mark.parametrize(
@@ -302,8 +280,8 @@ def test_wrong_figures_and_preprocessing_are_named(check, path, monkeypatch):
     recorded = read_manifest(path.parent)['sample']['wrong']
     monkeypatch.setattr('folder.wrong_in_sample', lambda *_: recorded)  # slow; the whole is run above
     assert check.model_faults(release(path)) == []
-    damage_json('../manifest.json', lambda d: d[NAME].update(parameters=1, gmacs=9.9, dtype='float16'))(path)
-    damage_json('config.json', lambda d: d['pretrained_cfg'].update(mean=[0.5, 0.5, 0.5]))(path)
+    in_manifest(lambda d: d.update(parameters=1, gmacs=9.9, dtype='float16'))(path)
+    in_config(lambda d: d['pretrained_cfg'].update(mean=[0.5, 0.5, 0.5]))(path)
     assert check.model_faults(release(path)) == [
         'model.safetensors is float32, the manifest says float16',
         'config.json has mean [0.5, 0.5, 0.5] in pretrained_cfg, the package (0.4914, 0.4822, 0.4465)',
@@ -387,7 +365,7 @@ def test_onnx_file_that_is_not_the_net_s_is_named(check, path, monkeypatch, dama
 
 
 def test_int8_that_classifies_otherwise_and_wrong_kernels_of_the_twin_are_named(check, path, monkeypatch):
-    damage_onnx(lambda d: d['twin']['model.onnx'].update(kernels=7))(path)
+    in_manifest(lambda d: d['onnx']['twin']['model.onnx'].update(kernels=7))(path)
     monkeypatch.setattr('folder.wrong_in_sample', lambda *_: [0, 1, 2, 3])
     int8, twin = check.session_faults(release(path))
     assert int8.startswith('onnx/model_quantized.onnx is wrong: 50 images of cifar10_test_1000 are not classified as')
