@@ -296,7 +296,7 @@ def parse(name, shelf):
     if not re.fullmatch(r'\w+\.\w+', name, re.ASCII):
         raise CommandError(f'{name!r} is not ARCH.TAG, two words of letters, digits and underscores')
     if arch not in NETS:
-        meant = did_you_mean(arch, NETS, f', they are {", ".join(NETS)}')
+        meant = did_you_mean(arch, [*NETS], f', they are {", ".join(NETS)}')
         raise CommandError(f'{arch} is no architecture of this package{meant}')
     dataset = DATASETS.get(tag.rpartition('_')[2])
     entry = read_json(shelf.manifest).get(name, {})
