@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 NAME = 'sharesnet164_cifar.cpu_c10'
+sys.path.insert(0, str(ROOT / 'hub'))  # the tests import the scripts from the checkout
 
 
 def copy_project(target):
@@ -70,6 +72,12 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
+def edit_json(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
 def flip_last_byte(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -78,7 +86,6 @@ def flip_last_byte(path):
 
 def use(project, monkeypatch):
     """Let the scripts, imported from the checkout, work on a copy. Returns it as they see it."""
-    monkeypatch.syspath_prepend(str(ROOT / 'hub'))
     import catalog
 
     monkeypatch.setattr(catalog, 'OURS', catalog.Shelf(project / 'hub', project / 'timm_sharesnet'))
@@ -152,3 +159,17 @@ def run_imported(capsys):
 @pytest.fixture
 def run(run_imported):
     return run_imported
+
+
+@pytest.fixture
+def refused(scripts, run_imported):
+    """Run build.py, which must refuse it with one line that says so, and write nothing. Returns the line."""
+
+    def refused(message, *argv):
+        before = snapshot(scripts.path.parent)
+        code, out, err = run_imported('build', *argv)
+        assert (code, out, len(err)) == (2, '', 1) and err[0].startswith('build.py: ') and message in err[0], err
+        assert snapshot(scripts.path.parent) == before
+        return err[0]
+
+    return refused

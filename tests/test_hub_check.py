@@ -1,28 +1,25 @@
 """hub/check.py finds what is wrong with a folder and names it."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
 
+import catalog
+import check
+import folder
 import pytest
 import torch
 import yaml
-from hub_project import NAME, ROOT, edit, flip_last_byte, read_manifest, release, snapshot
+from hub_project import NAME, ROOT, edit, edit_json, flip_last_byte, read_manifest, release, snapshot
 from safetensors.torch import load_file, save_file
 
-
-@pytest.fixture
-def check(scripts):
-    import check
-
-    return check
+pytestmark = pytest.mark.usefixtures('scripts')
 
 
 @pytest.fixture
-def unloaded(check, monkeypatch):
+def unloaded(monkeypatch):
     """Without loading any model, which is slow, and tested by itself."""
     monkeypatch.setattr(check, 'model_faults', lambda *_: [])
     monkeypatch.setattr(check, 'session_faults', lambda *_: [])
@@ -51,7 +48,7 @@ def test_folders_of_the_project_pass_on_a_plain_install():
     assert f'{NAME}: ok\n' in result.stdout
 
 
-def test_missing_onnx_runtime_is_told_before_anything_is_verified(check, path, run, monkeypatch):
+def test_missing_onnx_runtime_is_told_before_anything_is_verified(path, run, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     error = "check.py: onnxruntime is not installed: pip install 'timm-sharesnet[onnx]'"
     assert run('check', path) == (2, '', [error])
@@ -67,12 +64,7 @@ def test_tracked_weights_stay_under_80_mb():
 
 
 def in_json(name, change):
-    def damage(path):
-        data = json.loads((path / name).read_text())
-        change(data)
-        (path / name).write_text(json.dumps(data))
-
-    return damage
+    return lambda path: edit_json(path / name, change)
 
 
 def in_config(change):
@@ -269,14 +261,14 @@ def test_line_of_the_card_that_says_something_else_is_named(unloaded, project, p
         ),
     }.values(),
 )
-def test_wrong_tensors_are_named(check, path, damage, message):
+def test_wrong_tensors_are_named(path, damage, message):
     tensors = load_file(path / 'model.safetensors')
     damage(tensors)
     save_file(tensors, path / 'model.safetensors')
     assert any(message in fault for fault in check.model_faults(release(path)))
 
 
-def test_wrong_figures_and_preprocessing_are_named(check, path, monkeypatch):
+def test_wrong_figures_and_preprocessing_are_named(path, monkeypatch):
     recorded = read_manifest(path.parent)['sample']['wrong']
     monkeypatch.setattr('folder.wrong_in_sample', lambda *_: recorded)  # slow; the whole is run above
     assert check.model_faults(release(path)) == []
@@ -301,7 +293,7 @@ def test_wrong_figures_and_preprocessing_are_named(check, path, monkeypatch):
         ),
     ],
 )
-def test_net_without_arguments_that_it_was_trained_with_is_named(check, unloaded, path, options, message):
+def test_net_without_arguments_that_it_was_trained_with_is_named(unloaded, path, options, message):
     (path / 'args.yaml').write_text(yaml.safe_dump({'model': 'sharesnet164_cifar', **options}))
     assert message in check._collect(check.trained_faults, release(path))
 
@@ -354,7 +346,7 @@ def change_bias(graph):
         ),
     }.values(),
 )
-def test_onnx_file_that_is_not_the_net_s_is_named(check, path, monkeypatch, damage, message):
+def test_onnx_file_that_is_not_the_net_s_is_named(path, monkeypatch, damage, message):
     """Whatever the manifest says of its bytes."""
     recorded = read_manifest(path.parent)['onnx']
     wrong = recorded['files']['model_quantized.onnx']['sample']['wrong']
@@ -364,7 +356,7 @@ def test_onnx_file_that_is_not_the_net_s_is_named(check, path, monkeypatch, dama
     assert len(faults) == 1 and faults[0].startswith(message), faults
 
 
-def test_int8_that_classifies_otherwise_and_wrong_kernels_of_the_twin_are_named(check, path, monkeypatch):
+def test_int8_that_classifies_otherwise_and_wrong_kernels_of_the_twin_are_named(path, monkeypatch):
     in_manifest(lambda d: d['onnx']['twin']['model.onnx'].update(kernels=7))(path)
     monkeypatch.setattr('folder.wrong_in_sample', lambda *_: [0, 1, 2, 3])
     int8, twin = check.session_faults(release(path))
@@ -372,32 +364,29 @@ def test_int8_that_classifies_otherwise_and_wrong_kernels_of_the_twin_are_named(
     assert twin == "onnx, the twin's model.onnx has 55 3x3 kernels, the manifest says 7"
 
 
-def test_at_most_three_images_may_be_classified_otherwise(check):
-    from catalog import DATASETS
-
+def test_at_most_three_images_may_be_classified_otherwise():
     recorded = {'images': 'cifar10_test_1000', 'wrong': [1, 2, 3, 4]}
-    assert check.sample_faults([1, 2, 5], recorded, DATASETS['c10']) == []  # 3, 4 and 5
-    faults = check.sample_faults([1, 5, 6], recorded, DATASETS['c10'])
+    assert check.sample_faults([1, 2, 5], recorded, catalog.DATASETS['c10']) == []  # 3, 4 and 5
+    faults = check.sample_faults([1, 5, 6], recorded, catalog.DATASETS['c10'])
     assert faults == [
         '5 images of cifar10_test_1000 are not classified as the manifest says (3 may be so): '
         '2, 3, 4, 5, 6; 3 wrong instead of 4'
     ]
-    assert check.sample_faults([], None, DATASETS['c10']) == ['the manifest does not have the sample cifar10_test_1000']
+    assert check.sample_faults([], None, catalog.DATASETS['c10']) == [
+        'the manifest does not have the sample cifar10_test_1000'
+    ]
 
 
 @pytest.mark.parametrize('dataset', ['c10', 'c100'])
-def test_sample_has_1000_images_evenly_of_all_classes(check, dataset):
-    import folder
-    from catalog import DATASETS
-
-    dataset = DATASETS[dataset]
+def test_sample_has_1000_images_evenly_of_all_classes(dataset):
+    dataset = catalog.DATASETS[dataset]
     images, labels = zip(*folder.load_sample(dataset), strict=True)
     assert len(images) == 1000 and {image.size for image in images} == {(32, 32)}
     assert set(Counter(labels).values()) == {1000 // dataset.classes} and max(labels) == dataset.classes - 1
     assert len(set(dataset.names())) == dataset.classes
 
 
-def test_folder_may_lie_anywhere(check, unloaded, path, tmp_path, run, monkeypatch):
+def test_folder_may_lie_anywhere(unloaded, path, tmp_path, run, monkeypatch):
     shutil.move(path, tmp_path / NAME)
     monkeypatch.chdir(tmp_path)
     for argument in (NAME, tmp_path / NAME, f'./{NAME}/'):
@@ -406,7 +395,7 @@ def test_folder_may_lie_anywhere(check, unloaded, path, tmp_path, run, monkeypat
     assert 'is not ARCH.TAG' in run('check', tmp_path)[2][0]
 
 
-def test_untracked_weights_need_not_be_there(check, path, run):
+def test_untracked_weights_need_not_be_there(path, run):
     (path / 'model.safetensors').unlink()
     with (path.parent / '.gitignore').open('a') as file:
         file.write(f'/{NAME}/model.safetensors\n')
@@ -415,7 +404,7 @@ def test_untracked_weights_need_not_be_there(check, path, run):
     assert run('check')[0] == 2
 
 
-def test_what_the_folders_have_in_common_is_verified(check, unloaded, project, path, run, monkeypatch):
+def test_what_the_folders_have_in_common_is_verified(unloaded, project, path, run, monkeypatch):
     flip_last_byte(project / 'timm_sharesnet' / 'weights' / f'{NAME}.safetensors')
     (project / 'timm_sharesnet' / 'weights' / 'x.safetensors').touch()
     (project / 'hub' / 'wrn28_4.x_c10').mkdir()

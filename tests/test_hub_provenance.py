@@ -3,12 +3,19 @@
 import json
 import os
 
+import build
+import catalog
+import check
+import provenance
 import pytest
 import timm
 import yaml
-from hub_project import NAME, ROOT, release, save, snapshot
+from hub_project import NAME, ROOT, release, save
 from PIL import Image
 
+pytestmark = pytest.mark.usefixtures('scripts')
+
+MODEL = ('--model', 'shawrn40_4.test_c10')
 TOKEN = 'hf_' + 'aBcDeFgH' * 4
 SECRETS = {
     'data_dir': f'pipe:curl -s -L -H "Authorization:Bearer {TOKEN}" https://example.org/train-{{000..009}}.tar',
@@ -47,16 +54,9 @@ REFUSED = {
 }
 
 
-@pytest.fixture
-def provenance(scripts):
-    import provenance
-
-    return provenance
-
-
 @pytest.mark.parametrize('name', ['args.yaml', 'training.json', 'source.json'])
 @pytest.mark.parametrize('key', SECRETS)
-def test_what_is_not_known_to_be_harmless_is_not_published(provenance, name, key):
+def test_what_is_not_known_to_be_harmless_is_not_published(name, key):
     """Of options it is left out. A person's own words are refused by their key."""
     secret = SECRETS[key]
     contents = [{key: secret}, {'model_kwargs': {key: secret}}, {'recipe': {key: secret}}]
@@ -77,7 +77,7 @@ def test_what_is_not_known_to_be_harmless_is_not_published(provenance, name, key
             assert str(e.value).startswith(name) and str(secret) not in str(e.value) and TOKEN not in str(e.value)
 
 
-def test_no_option_of_train_py_lets_a_secret_pass(provenance):
+def test_no_option_of_train_py_lets_a_secret_pass():
     """Whatever its type is: alone, in a list, as a keyword and below one that a net or an optimizer takes."""
     for secret in {*SECRETS.values(), *REFUSED.values(), TOKEN} - {'anything', 12345}:
         for value in (secret, [secret], {secret: 1}, {'act_layer': secret, 'betas': secret, 'pretrained_cfg': secret}):
@@ -87,35 +87,25 @@ def test_no_option_of_train_py_lets_a_secret_pass(provenance):
 
 
 @pytest.mark.parametrize('text', TOLD)
-def test_plain_words_are_published_as_they_are(provenance, text):
+def test_plain_words_are_published_as_they_are(text):
     content = provenance.dump({'how': text, 'recipe': {'not used': text}, 'epochs': [{'epoch': 1, 'lr': 0.1}]})
     assert provenance.clean('training.json', content) == content
 
 
 @pytest.mark.parametrize('case', REFUSED)
-def test_paths_addresses_and_tokens_in_words_are_refused(provenance, case):
+def test_paths_addresses_and_tokens_in_words_are_refused(case):
     for content in ({'how': REFUSED[case]}, {'recipe': {'images': f'of {REFUSED[case]}'}}, {'epochs': [REFUSED[case]]}):
         with pytest.raises(provenance.CommandError, match='is not in plain words') as e:
             provenance.clean('training.json', json.dumps(content).encode())
         assert REFUSED[case] not in str(e.value)
 
 
-def test_options_of_the_recipe_are_published_as_they_are(provenance):
-    args = {
-        'model': 'sharesnet50.a2_in1k',
-        'aa': 'rand-m9-mstd0.5-inc1',
-        'mean': [0.5, 0.5, 0.5],
-        'opt': 'lookahead_adamw',
-    }
-    args |= {'smoothing': 0.1, 'model_kwargs': {'act_layer': 'hard_swish', 'share_rate': [0, [[1, 3]], 1.0]}}
-    args |= {
-        'hflip': 0.5,
-        'amp': True,
-        'sched': 'multistep',
-        'kd_model_name': 'hf-hub:timm/resnet50.a1_in1k',
-        'seed': 42,
-    }
+def test_options_of_the_recipe_are_published_as_they_are():
+    args = {'model': 'sharesnet50.a2_in1k', 'aa': 'rand-m9-mstd0.5-inc1', 'mean': [0.5, 0.5, 0.5], 'smoothing': 0.1}
+    args |= {'model_kwargs': {'act_layer': 'hard_swish', 'share_rate': [0, [[1, 3]], 1.0]}, 'hflip': 0.5, 'amp': True}
+    args |= {'opt': 'lookahead_adamw', 'sched': 'multistep', 'kd_model_name': 'hf-hub:timm/resnet50.a1_in1k'}
     args |= {'opt_kwargs': {'fused': True}, 'train_interpolation': 'bicubic', 'initial_checkpoint': 'last.pth.tar'}
+    args |= {'seed': 42}
     assert yaml.safe_load(provenance.clean('args.yaml', yaml.safe_dump(args).encode())) == args
     paths = {
         'initial_checkpoint': '/home/me/mine.pth',
@@ -126,7 +116,7 @@ def test_options_of_the_recipe_are_published_as_they_are(provenance):
     assert yaml.safe_load(provenance.clean('args.yaml', yaml.safe_dump(paths).encode())) == published
 
 
-def test_every_option_of_our_recipes_but_places_is_published(provenance):
+def test_every_option_of_our_recipes_but_places_is_published():
     left = set()
     for file in (ROOT / 'train_configs').glob('*.yaml'):
         options = yaml.safe_load(file.read_text())
@@ -147,38 +137,24 @@ def train_run(tmp_path):
     return path
 
 
-def build_refuses(path, run):
-    import catalog
-
-    before = snapshot(catalog.OURS.path.parent)
-    code, out, err = run('build', path, '--model', 'shawrn40_4.test_c10')
-    assert (code, out, len(err)) == (2, '', 1) and snapshot(catalog.OURS.path.parent) == before
-    return err[0]
-
-
-def test_build_refuses_a_run_with_a_secret(provenance, train_run, run):
+def test_build_refuses_a_run_with_a_secret(train_run, refused):
     (train_run / 'summary.csv').write_text(f'epoch,{TOKEN}\n')
-    error = build_refuses(train_run, run)
-    assert 'summary.csv: a row of 2 values is not one of train.py' in error and TOKEN not in error
+    assert TOKEN not in refused('summary.csv: a row of 2 values is not one of train.py', train_run, *MODEL)
     (train_run / 'summary.csv').unlink()
     (train_run / 'args.yaml').write_text(yaml.safe_dump({'model': 'shawrn40_4', 'model_kwargs': {'act_layer': TOKEN}}))
-    error = build_refuses(train_run, run)
-    assert 'model_kwargs: act_layer is more than numbers and short words' in error and TOKEN not in error
+    assert TOKEN not in refused('model_kwargs: act_layer is more than numbers and short words', train_run, *MODEL)
 
 
 @pytest.mark.parametrize('name', ['args.yaml', 'summary.csv', 'last.pth.tar'])
-def test_build_refuses_links_in_a_run(provenance, train_run, run, name):
+def test_build_refuses_links_in_a_run(train_run, refused, name):
     (train_run / name).rename(train_run.parent / name)
     (train_run / name).symlink_to(train_run.parent / name)
-    assert f'{name} is a link' in build_refuses(train_run, run)
+    refused(f'{name} is a link', train_run, *MODEL)
 
 
 @pytest.mark.parametrize('secret', ['https://me:secret@example.org/cifar10', TOKEN])
 @pytest.mark.parametrize('name', ['training.json', 'README.md', 'config.json'])
-def test_check_finds_a_secret_and_does_not_tell_it(provenance, name, secret):
-    import catalog
-    import check
-
+def test_check_finds_a_secret_and_does_not_tell_it(name, secret):
     path = catalog.OURS.path / NAME
     text = (path / name).read_text()
     if name == 'README.md':
@@ -195,6 +171,8 @@ def test_check_finds_a_secret_and_does_not_tell_it(provenance, name, secret):
 
 
 # Classes
+
+MINE = catalog.Dataset(None, 'Mine', 'validation', None, 12)
 
 
 @pytest.fixture
@@ -219,47 +197,37 @@ def colours(images):
     return [(round(255 * image[0, 0, 0].item()), label) for image, label in images]
 
 
-def test_classes_are_in_train_py_s_order(provenance, numbered):
+def test_classes_are_in_train_py_s_order(numbered):
     """9 before 10, where a sorted list of texts has it behind."""
-    import build
-    from catalog import Dataset
-
-    images, calibration = build.open_images(numbered, Dataset(None, 'Mine', 'validation', None, 12), colour_model())
+    images, calibration = build.open_images(numbered, MINE, colour_model())
     assert colours(images) == [(i, i) for i in range(12)]
     assert [i for i, _ in colours((image, 0) for image in calibration)] == [*range(12)]
     theirs = timm.data.create_dataset('', root=str(numbered), split='val')
     assert [label for _, label in theirs] == [label for _, label in images]
 
 
-def test_given_names_of_classes_are_the_order_of_the_labels(provenance, numbered):
-    import build
-    from catalog import Dataset
-
+def test_given_names_of_classes_are_the_order_of_the_labels(numbered):
     names = [str(i) for i in range(11, -1, -1)]
-    mine = Dataset(None, 'Mine', 'validation', None, 12, label_names=names)
+    mine = MINE._replace(label_names=names)
     images, _ = build.open_images(numbered, mine, colour_model())
     assert sorted(colours(images)) == [(i, 11 - i) for i in range(12)]
 
 
-def test_splits_of_other_classes_are_refused(provenance, numbered, monkeypatch):
-    import build
-    import catalog
-    from catalog import Dataset
-
+def test_splits_of_other_classes_are_refused(numbered, monkeypatch):
     os.rename(numbered / 'train' / '3', numbered / 'train' / 'x')
     with pytest.raises(build.CommandError, match='train does not have the classes of Mine'):
-        build.open_images(numbered, Dataset(None, 'Mine', 'validation', None, 12), colour_model())
-    like_imagenet = Dataset('org/known', 'Known', 'validation', 24, 12)  # without names to compare with
+        build.open_images(numbered, MINE, colour_model())
+    like_imagenet = catalog.Dataset('org/known', 'Known', 'validation', 24, 12)  # without names to compare with
     monkeypatch.setitem(catalog.DATASETS, 'known', like_imagenet)
     with pytest.raises(build.CommandError, match='do not have the same classes'):
         build.open_images(numbered, like_imagenet, colour_model())
     os.rename(numbered / 'val' / '3', numbered / 'val' / '4' / 'x')
     (numbered / 'val' / '4' / 'x' / 'x.png').unlink()
     with pytest.raises(build.CommandError, match='val has 11 classes, Mine has 12'):
-        build.open_images(numbered, Dataset(None, 'Mine', 'validation', None, 12), colour_model())
+        build.open_images(numbered, MINE, colour_model())
 
 
-def test_labels_of_a_class_map_are_not_guessed(provenance, train_run, numbered, run):
+def test_labels_of_a_class_map_are_not_guessed(train_run, numbered, run):
     (train_run / 'args.yaml').write_text('class_map: /home/me/classes.txt\n')
     own = ['--output', train_run.parent / 'own', '--namespace', 'me', '--dataset-name', 'Mine']
 
