@@ -5,7 +5,7 @@ import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch is imported, here and in the processes that tests start
 
 import pytest  # noqa: E402
-from hub_project import any_onnx, no_memory, project, refused, run, run_imported, scripts  # noqa: E402,F401  # for tests of hub/
+from hub_project import any_onnx, built, no_memory, project, refused, run, run_imported, scripts  # noqa: E402,F401  # for tests of hub/
 
 # What starts servers or processes, or builds a net, for all its tests is done once, by one process
 IN_ONE_PROCESS = {

@@ -1,6 +1,7 @@
 """A copy of what the scripts of hub/ read and write, so that no test touches the checkout, and fixtures of it."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -31,8 +32,11 @@ def project(tmp_path):
 
 @pytest.fixture
 def scripts(project, monkeypatch):
-    """Let the scripts, imported from the checkout, work on the copy."""
-    return use(project, monkeypatch)
+    """Let the scripts, imported from the checkout, work on the copy. Returns it as they see it."""
+    import catalog
+
+    monkeypatch.setattr(catalog, 'OURS', catalog.Shelf(project / 'hub', project / 'timm_sharesnet'))
+    return catalog.OURS
 
 
 @pytest.fixture
@@ -46,7 +50,12 @@ def no_memory(scripts, monkeypatch):
 @pytest.fixture
 def any_onnx(scripts, monkeypatch):
     """Take the project's ONNX file in place of a net's own, which takes long to write and open."""
-    use_any_onnx(monkeypatch)
+
+    def write_onnx(_model, _dataset, target, _batches):
+        shutil.copyfile(ROOT / 'hub' / NAME / 'onnx' / 'model.onnx', target / 'model.onnx')
+
+    monkeypatch.setattr('build.write_onnx', write_onnx)
+    monkeypatch.setattr('build.measure_session', lambda _: {'kernels': 7, 'session': None})
 
 
 def read_manifest(path, name=NAME):
@@ -72,6 +81,11 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
+def snippets(card):
+    """The Python code of a card's text."""
+    return re.findall(r'```python\n(.*?)\n```', card, re.S)
+
+
 def edit_json(path, change):
     data = json.loads(path.read_text())
     change(data)
@@ -82,14 +96,6 @@ def flip_last_byte(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-
-
-def use(project, monkeypatch):
-    """Let the scripts, imported from the checkout, work on a copy. Returns it as they see it."""
-    import catalog
-
-    monkeypatch.setattr(catalog, 'OURS', catalog.Shelf(project / 'hub', project / 'timm_sharesnet'))
-    return catalog.OURS
 
 
 def use_small_net(monkeypatch, **kwargs):
@@ -115,17 +121,6 @@ def use_small_net(monkeypatch, **kwargs):
     monkeypatch.setitem(NETS, 'sharesnet164_cifar', net)
     torch.manual_seed(0)
     return timm.create_model('sharesnet164_cifar', **kwargs)
-
-
-def use_any_onnx(monkeypatch):
-    """Take the project's ONNX file in place of a net's own, which takes long to write and open."""
-    import build
-
-    def write_onnx(_model, _dataset, target, _batches):
-        shutil.copyfile(ROOT / 'hub' / NAME / 'onnx' / 'model.onnx', target / 'model.onnx')
-
-    monkeypatch.setattr(build, 'write_onnx', write_onnx)
-    monkeypatch.setattr(build, 'measure_session', lambda _: {'kernels': 7, 'session': None})
 
 
 def save(path, state_dict):
@@ -159,6 +154,18 @@ def run_imported(capsys):
 @pytest.fixture
 def run(run_imported):
     return run_imported
+
+
+@pytest.fixture
+def built(run_imported):
+    """Run build.py, which must find nothing wrong. Returns its output."""
+
+    def built(*argv):
+        code, out, err = run_imported('build', *argv)
+        assert (code, err) == (0, [])
+        return out
+
+    return built
 
 
 @pytest.fixture

@@ -180,39 +180,31 @@ def is_lfs(path, size):
     return size > 10 * 2**20 or any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
 
 
-def metadata_errors(card):
-    """What the Hub's validator says to the metadata of a card, as far as its rules are known."""
+def read_metadata(card):
+    """The metadata of a card's text, None if it has none."""
     match = re.match(r'---\n(.*?)\n---\n', card, re.S)
-    if not match:
-        return []
+    return yaml.safe_load(match[1]) if match else None
+
+
+def metadata_errors(card):
+    """What the Hub's validator says to the metadata of a card: of its rules, those that a card of ours could break."""
     try:
-        data = yaml.safe_load(match[1])
+        data = read_metadata(card) or {}
     except yaml.YAMLError as e:
         return [f'YAML: {e}']
     errors = []
     if data.get('license', 'unknown') not in LICENSES:
         errors.append(f'"license" must be one of {sorted(LICENSES)}')
-    if 'language' in data and not data['language']:
-        errors.append('"language" must not be empty')
     for dataset in data.get('datasets', []):
         if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(dataset)):
             errors.append(f'"datasets" with value "{dataset}" is not valid')
     for model in data.get('model-index', []):
-        if not isinstance(model.get('name'), str):
-            errors.append('"model-index[0].name" must be a string')
         for result in model.get('results', [{}]):
-            if not (result.get('task', {}).get('type') and result.get('dataset', {}).get('name')):
-                errors.append('"model-index[0].results[0]" needs task and dataset')
-            for metric in result.get('metrics', [{}]):
-                if not {'type', 'value'} <= set(metric):
-                    errors.append('"model-index[0].results[0].metrics[0]" needs type and value')
+            if not (model.get('name') and result.get('task', {}).get('type') and result.get('dataset', {}).get('name')):
+                errors.append('"model-index[0]" needs a name, and its results task and dataset')
+            if not all({'type', 'value'} <= metric.keys() for metric in result.get('metrics', [{}])):
+                errors.append('"model-index[0].results[0].metrics[0]" needs type and value')
     return errors
-
-
-def card_data(commit):
-    readme = commit.files.get('README.md')
-    match = re.match(r'---\n(.*?)\n---\n', readme.data.decode(), re.S) if readme and not readme.lfs else None
-    return yaml.safe_load(match[1]) if match else None
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -319,22 +311,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Who asks, and for what
 
-    def user(self):
+    def user(self, needed=False):
         scheme, _, token = self.headers.get('Authorization', '').partition(' ')
         if not scheme:
+            if needed:
+                raise Refusal(401, 'Invalid username or password.')
             return None
         if token not in self.hub.tokens:
             raise Refusal(401, 'Invalid credentials in Authorization header')
         return self.hub.tokens[token]
 
     def repo(self, repo_id, write=False):
-        user, repo = self.user(), self.hub.repos.get(repo_id)
+        user, repo = self.user(needed=write), self.hub.repos.get(repo_id)
         namespace = repo_id.split('/')[0]
         visible = repo and (not repo.private or (user and namespace in (user.name, *user.orgs)))
         if not visible:  # the Hub does not tell private from missing
             raise Refusal(404 if user else 401, 'Repository not found', 'RepoNotFound')
-        if write and not user:
-            raise Refusal(401, 'Invalid username or password.')
         if write and not user.may_write(namespace):
             raise Refusal(403, f'you have no write access to {repo_id}')
         return repo
@@ -348,9 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
     # Repositories
 
     def create_repo(self, body):
-        user = self.user()
-        if not user:
-            raise Refusal(401, 'Invalid username or password.')
+        user = self.user(needed=True)
         namespace = body.get('organization') or user.name
         repo_id = f'{namespace}/{body["name"]}'
         if not user.may_write(namespace):
@@ -371,14 +361,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def settings(self, body, id):
         repo = self.repo(id, write=True)
-        if 'visibility' in body or 'private' in body:
-            repo.private = body.get('private', body.get('visibility') == 'private')
+        repo.private = body.get('private', body.get('visibility') == 'private')
         return 200, {}, {'private': repo.private}
 
     def whoami(self, _):
-        user = self.user()
-        if not user:
-            raise Refusal(401, 'Invalid username or password.')
+        user = self.user(needed=True)
         orgs = [{'type': 'org', 'name': org, 'roleInOrg': 'write'} for org in user.orgs]
         token = {'displayName': 'test', 'role': user.role}
         return 200, {}, {'type': 'user', 'name': user.name, 'orgs': orgs, 'auth': {'accessToken': token}}
@@ -387,7 +374,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.repo(id)
         commit = self.revision(repo, rev)
         files = [{'rfilename': path} for path in commit.files]
-        data = card_data(commit)
+        readme = commit.files.get('README.md')
+        data = read_metadata(readme.data.decode()) if readme else None
         info = {'_id': '0', 'id': id, 'modelId': id, 'sha': commit.oid, 'private': repo.private, 'siblings': files}
         return 200, {}, {**info, 'tags': [], 'downloads': 0, 'cardData': data}
 

@@ -2,15 +2,15 @@
 
 import json
 import os
-import re
 import shutil
 
+import catalog
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
-from hub_project import ROOT, save, snapshot, use_small_net
+from hub_project import ROOT, read_files, save, snippets, use_small_net
 from PIL import Image
 from transformers import pipeline
 
@@ -59,15 +59,13 @@ def train_run(own, tmp_path, monkeypatch):
 
 
 def test_net_of_own_data_becomes_a_folder_that_all_load(
-    project, own, arguments, train_run, data, tmp_path, run, monkeypatch, capsys
+    project, own, arguments, train_run, data, tmp_path, built, run, monkeypatch, capsys
 ):
     """build, check, timm, transformers, its snippets, and build again; nothing of ours is touched."""
-
-    ours = files_of(project)
+    ours = read_files(project)
     argv = [train_run, *arguments, '--data-dir', data, *FACTS, '--license', 'mit', '--base-model', 'me/before']
-    code, out, err = run('build', *argv)
-    assert (code, err) == (0, []) and out.startswith('à moi/hub/sharesnet164_cifar.oiseaux: ')
-    assert files_of(project) == ours
+    assert built(*argv).startswith('à moi/hub/sharesnet164_cifar.oiseaux: ')
+    assert read_files(project) == ours
     path = own / TAG
     assert {p.name for p in own.iterdir()} == {TAG, 'manifest.json', 'weights.json', '.lock'}
     files = {'model.safetensors', 'config.json', 'README.md', 'args.yaml', 'onnx'}
@@ -104,39 +102,27 @@ def test_net_of_own_data_becomes_a_folder_that_all_load(
     monkeypatch.chdir(tmp_path)
 
     # again, with nothing but its name: what was told is kept
-    before = files_of(own)
-    assert run('build', path, *arguments)[0] == 0
-    assert files_of(own) == before
+    before = read_files(own)
+    built(path, *arguments)
+    assert read_files(own) == before
     # other facts, and none
-    argv = [path, *arguments, '--dataset-license', '', '--base-model', '', '--new-version', 'me/after']
-    assert run('build', *argv)[0] == 0
+    built(path, *arguments, '--dataset-license', '', '--base-model', '', '--new-version', 'me/after')
     text = (path / 'README.md').read_text()
     metadata = yaml.safe_load(text.split('---\n')[1])
     assert '| Task | image classification, [Mes oiseaux](https://huggingface.co/datasets/me/oiseaux), 3 cl' in text
     assert metadata['new_version'] == 'me/after' and 'base_model' not in metadata and metadata['license'] == 'mit'
     assert run('check', path, '--output', own)[0] == 0
-    assert files_of(project) == ours
+    assert read_files(project) == ours
 
 
-def files_of(path):
-    return {str(p): p.read_bytes() for p in path.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
-
-
-def snippets(text):
-    return re.findall(r'```python\n(.*?)\n```', text, re.S)
-
-
-def test_without_data_the_names_come_from_a_file_or_are_numbers(own, arguments, train_run, any_onnx, tmp_path, run):
-
-    argv = [train_run, *arguments, '--dataset-name', 'Oiseaux | pies']
-    assert run('build', *argv)[0] == 0
+def test_without_data_the_names_come_from_a_file_or_are_numbers(own, arguments, train_run, any_onnx, tmp_path, built):
+    built(train_run, *arguments, '--dataset-name', 'Oiseaux | pies')
     text = (own / TAG / 'README.md').read_text()
     assert '| Task | image classification, Oiseaux \\| pies, 3 classes |' in text
     assert 'No licence is stated for the weights' in text and 'license' not in text.split('---\n')[1]
     assert json.loads((own / TAG / 'config.json').read_text())['label_names'] == ['0', '1', '2']
     (tmp_path / 'classes.txt').write_text('\n'.join(CLASSES) + '\n', encoding='utf-8')
-    argv = [own / TAG, *arguments, '--class-names', tmp_path / 'classes.txt']
-    assert run('build', *argv)[0] == 0
+    built(own / TAG, *arguments, '--class-names', tmp_path / 'classes.txt')
     assert json.loads((own / TAG / 'config.json').read_text())['label_names'] == CLASSES
 
 
@@ -159,37 +145,27 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize('case', REFUSALS)
-def test_nothing_is_written_where(case, project, own, arguments, train_run, data, tmp_path, run, monkeypatch):
-    import catalog
-
+def test_nothing_is_written_where(case, own, arguments, train_run, data, tmp_path, refused, monkeypatch):
     if case == 'our directory':
         monkeypatch.setattr(catalog, 'OURS', catalog.Shelf(ROOT / 'hub', ROOT / 'timm_sharesnet'))
     for name, text in {'four': 'a\nb\nc\nd', 'twice': 'a\nb\na', 'three': 'a\nb\nc'}.items():
         (tmp_path / f'{name}.txt').write_text(text)
     extra, message = REFUSALS[case]
-    before = snapshot(project)
-    argv = [train_run, *arguments, *(data if argument == 'DATA' else argument for argument in extra)]
-    code, out, err = run('build', *argv)
-    assert (code, out, len(err)) == (2, '', 1) and message in err[0]
-    assert not own.exists() and snapshot(project) == before
+    refused(message, train_run, *arguments, *(data if argument == 'DATA' else argument for argument in extra))
+    assert not own.exists()
 
 
-def test_options_of_own_data_are_refused_for_folders_of_ours(own, train_run, run):
-
+def test_options_of_own_data_are_refused_for_folders_of_ours(own, train_run, refused):
     for extra in (FACTS, ['--license', 'mit'], ['--class-names', 'x']):
-        argv = [train_run, '--model', 'sharesnet164_cifar.x_c10', *extra]
-        code, _, err = run('build', *argv)
-        assert code == 2 and 'give --output DIR, too' in err[0]
-    code, _, err = run('build', train_run, '--model', 'sharesnet164_cifar.x')
-    assert code == 2 and 'a net trained on other data is published from a directory of your own' in err[0]
+        refused('give --output DIR, too', train_run, '--model', 'sharesnet164_cifar.x_c10', *extra)
+    message = 'a net trained on other data is published from a directory of your own'
+    refused(message, train_run, '--model', 'sharesnet164_cifar.x')
 
 
-def test_net_of_a_known_data_set_may_be_one_s_own(own, arguments, any_onnx, run, monkeypatch):
+def test_net_of_a_known_data_set_may_be_one_s_own(own, arguments, any_onnx, built, monkeypatch):
     """With the sample, the paper's figures and the names of the classes, as of ours."""
-
     model = use_small_net(monkeypatch)
     weights = save(own.parent.parent / 'x.pth', model.state_dict())
-    argv = [weights, '--model', 'sharesnet164_cifar.mine_c10', *arguments[2:]]
-    assert run('build', *argv)[0] == 0
+    built(weights, '--model', 'sharesnet164_cifar.mine_c10', *arguments[2:])
     text = (own / 'sharesnet164_cifar.mine_c10' / 'README.md').read_text()
     assert 'the paper, Table 2' in text and 'uoft-cs/cifar10' in text and 'apache-2.0' not in text

@@ -10,17 +10,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import huggingface_hub
 import models
+import publish
 import pytest
 import timm
 import torch
 import yaml
-from hub_project import NAME, ROOT, edit, flip_last_byte, read_files, save, snapshot, use, use_any_onnx
+from hub_project import NAME, ROOT, edit, flip_last_byte, read_files, save, snapshot, snippets
 from hub_server import Blob, Commit, Failure, HubServer, Token
 from packaging.version import Version
 from PIL import Image
@@ -123,6 +123,30 @@ def run(worker, project):
     return run
 
 
+@pytest.fixture
+def push(run):
+    """Push the folder, or what is named, which must go well. Returns the output."""
+
+    def push(*argv, **kwargs):
+        code, out, err = run(*(argv or [NAME]), '--push', **kwargs)
+        assert (code, err) == (0, [])
+        return out
+
+    return push
+
+
+@pytest.fixture
+def fails(run):
+    """Push the folder, or what is named, which must fail first of all for a reason. Returns the lines that say so."""
+
+    def fails(reason, *argv, **kwargs):
+        code, _, err = run(*(argv or [NAME]), '--push', **kwargs)
+        assert code == 2 and reason in err[0], err
+        return err
+
+    return fails
+
+
 def published(server, project):
     """Whether the stand-in holds exactly the folder, publicly, in one commit after the first."""
     repo = server.repos[REPO]
@@ -149,10 +173,8 @@ def test_dry_run_lists_files_and_sizes_without_a_request(run, hub, project):
 # --push
 
 
-def test_push_publishes_in_one_commit_and_again_is_a_no_op(run, hub, project):
-    code, out, err = run(NAME, '--push', loaded=True)
-    assert (code, err) == (0, [])
-    repo = hub.repos[REPO]
+def test_push_publishes_in_one_commit_and_again_is_a_no_op(push, hub, project):
+    out, repo = push(loaded=True), hub.repos[REPO]
     assert published(hub, project)
     assert [c.title for c in repo.commits] == ['initial commit', f'Publish {NAME}']
     assert repo.head.files['model.safetensors'].lfs and not repo.head.files['README.md'].lfs
@@ -163,8 +185,7 @@ def test_push_publishes_in_one_commit_and_again_is_a_no_op(run, hub, project):
     assert [hub.requests.index(r) for r in order] == sorted(hub.requests.index(r) for r in order)
 
     hub.requests.clear()
-    code, out, err = run(NAME, '--push')
-    assert (code, err) == (0, []) and 'unchanged' in out
+    assert 'unchanged' in push()
     assert len(repo.commits) == 2 and published(hub, project)
     assert not any(re.search('PUT|create|/commit/|settings', r) for r in writes(hub))
 
@@ -172,114 +193,86 @@ def test_push_publishes_in_one_commit_and_again_is_a_no_op(run, hub, project):
 def test_push_deletes_stale_files_in_the_same_commit(run, hub, project):
     folder = project / 'hub' / NAME
     hub.create(REPO, {**read_files(folder), 'onnx/old.onnx': b'old', 'sub/old.txt': b'old', 'README.md': b'# old\n'})
-    code, _, err = run('--push')  # all folders
-    assert (code, err) == (0, [])
+    assert run('--push')[0] == 0  # all folders
     assert published(hub, project) and len(hub.repos[REPO].commits) == 3
 
 
-def test_push_finishes_what_a_killed_one_left(run, hub, project):
+def test_push_finishes_what_a_killed_one_left(run, push, hub, project):
     hub.fail('POST', '/commit/', Failure.HANG)
-
-    def kill(pid):
-        wait_for(lambda: any('/commit/' in r for r in hub.requests))
-        os.kill(pid, signal.SIGKILL)
-
-    code, _, _ = run(NAME, '--push', started=kill)
-    assert code == -signal.SIGKILL
+    kill = once_asked(hub, '/commit/', lambda pid: os.kill(pid, signal.SIGKILL))
+    assert run(NAME, '--push', started=kill)[0] == -signal.SIGKILL
     assert hub.repos[REPO].private  # nobody sees what is there
-    assert run(NAME, '--push')[0] == 0
+    push()
     assert published(hub, project)
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_push_leaves_no_empty_repository(run, hub, number):
+def test_interrupted_push_leaves_no_empty_repository(fails, hub, number):
     hub.fail('POST', '/preupload/', Failure.HANG)
-
-    def interrupt(pid):
-        wait_for(lambda: any('/preupload/' in r for r in hub.requests))
-        os.kill(pid, number)
-
-    code, _, err = run(NAME, '--push', started=interrupt)
-    assert code == 2 and not hub.repos
-    assert err[-2:] == [
-        f'{REPO}: the new repository was still empty and was deleted',
-        'publish.py: interrupted',
-    ]
+    err = fails('', started=once_asked(hub, '/preupload/', lambda pid: os.kill(pid, number)))
+    assert not hub.repos
+    assert err[-2:] == [f'{REPO}: the new repository was still empty and was deleted', 'publish.py: interrupted']
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.02)
+def once_asked(hub, part, act):
+    """What to do with a process that was started: wait for a request of it, then act."""
+
+    def started(pid):
+        deadline = time.monotonic() + 60
+        while not any(part in request for request in hub.requests):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        act(pid)
+
+    return started
 
 
 REFUSALS = {
-    'no token': (None, {}, 'there is no token: `hf auth login`, or set HF_TOKEN'),
-    'unknown token': ('hf_unknown', {}, 'the Hub does not accept the token (HTTP 401'),
-    'read-only token': (
-        'hf_read',
-        {'hf_read': Token('me', ['timm-sharesnet'], 'read')},
-        'the token of me is read-only',
-    ),
-    'foreign namespace': (
-        'hf_you',
-        {'hf_you': Token('you')},
-        'belongs to you, who is not in the namespace timm-sharesnet',
-    ),
+    'no token': (None, 'there is no token: `hf auth login`, or set HF_TOKEN'),
+    'unknown token': ('hf_unknown', 'the Hub does not accept the token (HTTP 401'),
+    'read-only token': ('hf_read', 'the token of me is read-only'),
+    'foreign namespace': ('hf_you', 'belongs to you, who is not in the namespace timm-sharesnet'),
 }
 
 
-@pytest.mark.parametrize('case', REFUSALS)
-def test_push_is_refused_with(run, hub, case):
-    token, tokens, message = REFUSALS[case]
-    hub.tokens.update(tokens)
-    code, _, err = run(NAME, '--push', token=token)
-    assert code == 2 and len(err) == 1 and message in err[0]
-    assert not hub.repos and not writes(hub)
+@pytest.mark.parametrize(('token', 'message'), REFUSALS.values(), ids=REFUSALS)
+def test_push_is_refused_with(fails, hub, token, message):
+    hub.tokens |= {'hf_read': Token('me', ['timm-sharesnet'], 'read'), 'hf_you': Token('you')}
+    assert len(fails(message, token=token)) == 1 and not hub.repos and not writes(hub)
 
 
-def test_token_that_may_not_write_to_the_repository_changes_nothing(run, hub):
+def test_token_that_may_not_write_to_the_repository_changes_nothing(fails, hub):
     """As of a fine-grained token, whose rights only the attempt tells."""
     hub.tokens['hf_fine'] = Token('me', ['timm-sharesnet'], 'fineGrained')
-    code, _, err = run(NAME, '--push', token='hf_fine')
-    assert code == 2 and not hub.repos
-    assert 'making the repository: the token may not do this (HTTP 403' in err[0]
+    fails('making the repository: the token may not do this (HTTP 403', token='hf_fine')
+    assert not hub.repos
     head = hub.create(REPO, {'README.md': b'# old\n'})
-    code, _, err = run(NAME, '--push', token='hf_fine')
-    assert code == 2 and hub.repos[REPO].head.oid == head and not hub.lfs
-    assert 'uploading: the token may not do this (HTTP 403' in err[0]
+    err = fails('uploading: the token may not do this (HTTP 403', token='hf_fine')
+    assert hub.repos[REPO].head.oid == head and not hub.lfs
     assert err[1:] == [f'publish.py: {REPO}: it is unchanged at commit {head}']
 
 
-def test_token_is_read_from_the_file_of_hf_auth_login(run, hub, environment):
+def test_token_is_read_from_the_file_of_hf_auth_login(fails, hub, environment):
     file = Path(environment['HF_HOME'], 'token')
     file.write_text('hf_unknown')
     try:
-        code, _, err = run(NAME, '--push', token=None)
+        fails('does not accept the token', token=None)
     finally:
         file.unlink()
-    assert code == 2 and 'does not accept the token' in err[0]
 
 
-def test_trusted_publisher_that_gets_no_token_is_told(run, hub):
-    code, _, err = run(NAME, '--push', env={'HF_OIDC_RESOURCE': REPO})
-    assert code == 2 and len(err) == 1 and 'reading the token: ' in err[0] and not hub.requests
+def test_trusted_publisher_that_gets_no_token_is_told(fails, hub):
+    assert len(fails('reading the token: ', env={'HF_OIDC_RESOURCE': REPO})) == 1 and not hub.requests
 
 
 def test_push_needs_a_newer_huggingface_hub(scripts, run_imported, monkeypatch):
     monkeypatch.setattr('huggingface_hub.__version__', '0.36.2')
     code, _, err = run_imported('publish', NAME, '--push')
-    assert code == 2
-    assert err == [
-        "publish.py: --push needs huggingface-hub 1.1, found 0.36.2: pip install -U 'huggingface-hub>=1.1'",
-    ]
+    error = "publish.py: --push needs huggingface-hub 1.1, found 0.36.2: pip install -U 'huggingface-hub>=1.1'"
+    assert (code, err) == (2, [error])
 
 
 def test_trusted_publisher_needs_a_newer_huggingface_hub(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'hub'))
-    import publish
-
     monkeypatch.setattr('huggingface_hub.__version__', '1.18.9')
     monkeypatch.setenv('HF_OIDC_RESOURCE', REPO)
     with pytest.raises(publish.CommandError, match=r'needs huggingface-hub 1\.19, found 1\.18\.9: pip install -U'):
@@ -289,11 +282,10 @@ def test_trusted_publisher_needs_a_newer_huggingface_hub(monkeypatch):
     publish.log_in('timm-sharesnet')
 
 
-def test_card_that_the_hub_refuses_is_found_before_anything_is_sent(run, hub, monkeypatch):
+def test_card_that_the_hub_refuses_is_found_before_anything_is_sent(fails, hub, monkeypatch):
     monkeypatch.setattr('hub_server.LICENSES', {'mit'})
-    code, _, err = run(NAME, '--push')
-    assert code == 2 and len(err) == 1 and not hub.repos and not writes(hub)
-    assert 'validating the card' in err[0] and 'must be one of' in err[0]
+    (error,) = fails('validating the card')
+    assert 'must be one of' in error and not hub.repos and not writes(hub)
 
 
 FAILURES = {
@@ -309,20 +301,20 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize('case', FAILURES)
-def test_failed_push_leaves_no_repository(run, hub, case):
-    hub.fail(*FAILURES[case])
-    code, _, err = run(NAME, '--push')
-    assert code == 2 and not hub.repos
+@pytest.mark.parametrize('failure', FAILURES.values(), ids=FAILURES)
+def test_failed_push_leaves_no_repository(fails, hub, failure):
+    hub.fail(*failure)
+    err = fails('')
+    assert not hub.repos
     assert all(line.startswith(f'publish.py: {REPO}: ') for line in err) and len(err) <= 2
-    assert ('HTTP 50' in err[0]) == isinstance(FAILURES[case][2], int)
+    assert ('HTTP 50' in err[0]) == isinstance(failure[2], int)
 
 
-def test_failed_push_leaves_a_published_repository_as_it_was(run, hub):
+def test_failed_push_leaves_a_published_repository_as_it_was(fails, hub):
     head = hub.create(REPO, {'README.md': b'# old\n', 'model.safetensors': b'old'})
     hub.fail('POST', '/commit/', Failure.CUT, 99)
-    code, _, err = run(NAME, '--push')
-    assert code == 2 and hub.repos[REPO].head.oid == head and not hub.repos[REPO].private
+    err = fails('')
+    assert hub.repos[REPO].head.oid == head and not hub.repos[REPO].private
     assert err[-1] == f'publish.py: {REPO}: it is unchanged at commit {head}'
 
 
@@ -336,32 +328,26 @@ PASSING = {
 
 
 @pytest.mark.parametrize('case', PASSING)
-def test_push_gets_over(run, hub, project, case):
+def test_push_gets_over(push, hub, project, case):
     hub.fail(*PASSING[case])
-    code, _, err = run(NAME, '--push')
-    assert (code, err) == (0, [])
+    push()
     assert published(hub, project) and len(hub.repos[REPO].commits) == 2
 
 
-def test_network_that_is_dead_from_the_start(run, hub):
+def test_network_that_is_dead_from_the_start(fails, hub):
     hub.fail('GET', '', Failure.CUT, 99)
-    code, _, err = run(NAME, '--push')
-    assert code == 2 and len(err) == 1 and f'asking {hub.endpoint} whose token this is: ' in err[0]
+    assert len(fails(f'asking {hub.endpoint} whose token this is: ')) == 1
 
 
-@pytest.mark.parametrize(
-    'failure',
-    {'listing: 503': ('GET', '/tree/', 503, 99), 'download: cut': ('HEAD', '/resolve/', Failure.CUT, 99)}.values(),
-)
-def test_repository_that_cannot_be_verified_stays_private(run, hub, project, failure):
+@pytest.mark.parametrize('failure', [('GET', '/tree/', 503, 99), ('HEAD', '/resolve/', Failure.CUT, 99)])
+def test_repository_that_cannot_be_verified_stays_private(push, fails, hub, project, failure):
     hub.fail(*failure)
-    code, _, err = run(NAME, '--push')
-    oid = hub.repos[REPO].head.oid
-    assert code == 2 and hub.repos[REPO].private
-    assert len(err) == 2 and f'verifying commit {oid}: ' in err[0]
+    err, repo = fails('verifying commit '), hub.repos[REPO]
+    oid = repo.head.oid
+    assert repo.private and len(err) == 2 and f'verifying commit {oid}: ' in err[0]
     assert err[1].endswith(f'the new repository is private at commit {oid}: run this again')
     hub.heal()
-    assert run(NAME, '--push')[0] == 0
+    push()
     assert published(hub, project)
 
 
@@ -373,11 +359,10 @@ def test_repository_that_cannot_be_verified_stays_private(run, hub, project, fai
         ('storage', 'model.safetensors', 'timm does not load the same weights from the Hub as from the folder'),
     ],
 )
-def test_other_bytes_than_sent_are_noticed(run, hub, project, where, file, message):
+def test_other_bytes_than_sent_are_noticed(fails, hub, project, where, file, message):
     hub.fail('GET', '/tree/', 3.0)
 
     def damage(_pid):
-        wait_for(lambda: any('/tree/' in r for r in hub.requests))
         files = hub.repos[REPO].head.files
         data = files[file].data
         other = data[:-1] + bytes([data[-1] ^ 1])
@@ -386,37 +371,33 @@ def test_other_bytes_than_sent_are_noticed(run, hub, project, where, file, messa
         else:
             hub.lfs[files[file].oid] = other
 
-    code, _, err = run(NAME, '--push', started=damage)
-    assert code == 2 and hub.repos[REPO].private
-    assert message in err[0]
+    fails(message, started=once_asked(hub, '/tree/', damage))
+    assert hub.repos[REPO].private
 
 
-def test_concurrent_commit_is_not_overwritten(run, hub):
+def test_concurrent_commit_is_not_overwritten(fails, hub):
     hub.create(REPO, {'README.md': b'# old\n'})
     hub.fail('POST', '/preupload/', 3.0)
 
     def commit(_pid):
-        wait_for(lambda: any('/preupload/' in r for r in hub.requests))
         repo = hub.repos[REPO]
         repo.commits.append(Commit('theirs', {**repo.head.files, 'theirs.txt': Blob(b'theirs')}, repo.head.oid))
 
-    code, _, err = run(NAME, '--push', started=commit)
-    assert code == 2 and 'somebody else committed at the same time' in err[0]
+    fails('somebody else committed at the same time', started=once_asked(hub, '/preupload/', commit))
     assert hub.repos[REPO].head.title == 'theirs'
 
 
-def test_renamed_repository_is_refused(run, hub):
+def test_renamed_repository_is_refused(fails, hub):
     hub.renamed[REPO] = f'new-owner/{NAME}'
     head = hub.create(f'new-owner/{NAME}', {'README.md': b'# theirs\n'})
-    code, _, err = run(NAME, '--push')
-    assert code == 2 and f'it was renamed or transferred to new-owner/{NAME}' in err[0]
+    fails(f'it was renamed or transferred to new-owner/{NAME}')
     assert list(hub.repos) == [f'new-owner/{NAME}'] and hub.repos[f'new-owner/{NAME}'].head.oid == head
 
 
 # What may not be published at all
 
 
-def test_folder_that_is_not_as_recorded_is_refused_before_any_request(run, hub, project):
+def test_folder_that_is_not_as_recorded_is_refused_before_any_request(run, fails, hub, project):
     folder = project / 'hub' / NAME
     cases = {
         'pytorch_model.bin does not belong there': lambda: (folder / 'pytorch_model.bin').write_bytes(b''),
@@ -427,8 +408,8 @@ def test_folder_that_is_not_as_recorded_is_refused_before_any_request(run, hub, 
     }
     for alter in cases.values():
         alter()
-    code, _, err = run(NAME, '--push')
-    assert code == 2 and not hub.requests
+    err = fails('')
+    assert not hub.requests
     for message in cases:
         assert any(message in line for line in err), (message, err)
     shutil.rmtree(folder)
@@ -436,77 +417,62 @@ def test_folder_that_is_not_as_recorded_is_refused_before_any_request(run, hub, 
     assert 'is not ARCH.TAG' in run('../secrets')[2][0]
 
 
-def test_folder_whose_untracked_files_are_not_here_is_refused(run, hub, project):
+def test_folder_whose_untracked_files_are_not_here_is_refused(fails, hub, project):
     """They would be deleted on the Hub."""
     shutil.rmtree(project / 'hub' / NAME / 'onnx')
     with (project / 'hub' / '.gitignore').open('a') as file:
         file.write(f'/{NAME}/onnx/\n')
-    assert run(NAME, '--push')[2] == [f'publish.py: {NAME}: onnx/ is not here'] and not hub.requests
+    assert fails('') == [f'publish.py: {NAME}: onnx/ is not here'] and not hub.requests
 
 
-@pytest.mark.parametrize('how', ['argument', 'environment'])
-def test_namespace_that_the_card_was_not_written_for_is_refused(run, hub, how):
-    if how == 'argument':
-        code, _, err = run(NAME, '--push', '--namespace', 'me')
-    else:
-        code, _, err = run(NAME, '--push', env={'TIMM_SHARESNET_NAMESPACE': 'me'})
-    assert code == 2 and len(err) == 1 and not hub.requests
-    assert f'hub/build.py hub/{NAME} --model {NAME} --namespace me' in err[0]
+@pytest.mark.parametrize(('argv', 'env'), [(['--namespace', 'me'], {}), ([], {'TIMM_SHARESNET_NAMESPACE': 'me'})])
+def test_namespace_that_the_card_was_not_written_for_is_refused(fails, hub, argv, env):
+    message = f'hub/build.py hub/{NAME} --model {NAME} --namespace me'
+    assert len(fails(message, NAME, *argv, env=env)) == 1 and not hub.requests
 
 
-def test_people_publish_in_a_namespace_of_their_own_and_the_pins_stay(run, hub, project):
+def test_people_publish_in_a_namespace_of_their_own_and_the_pins_stay(push, hub, project):
     edit(project / 'hub' / NAME / 'README.md', 'timm-sharesnet/', 'me/')  # as build.py --namespace me writes it
-    code, _, err = run(NAME, '--push', env={'TIMM_SHARESNET_NAMESPACE': 'me'})
-    assert (code, err) == (0, []) and list(hub.repos) == [f'me/{NAME}'] and not hub.repos[f'me/{NAME}'].private
+    push(env={'TIMM_SHARESNET_NAMESPACE': 'me'})
+    assert list(hub.repos) == [f'me/{NAME}'] and not hub.repos[f'me/{NAME}'].private
 
 
 def test_net_of_own_data_is_published_from_a_directory_of_its_own_and_ours_still_are(
-    run, hub, project, tmp_path, run_imported, monkeypatch
+    run, push, fails, hub, project, tmp_path, any_onnx, built
 ):
     """The push loads it as hf-hub:me/ARCH.TAG and compares the weights, see `verify`."""
     own, name, ours = tmp_path / 'à moi', 'sharesnet164_cifar.oiseaux', snapshot(project)
     model = timm.create_model('sharesnet164_cifar', num_classes=3)
-    argv = [save(tmp_path / 'x.pth', model.state_dict()), '--model', name, '--output', own, '--namespace', 'me']
-    with monkeypatch.context() as patch:
-        use(project, patch)
-        use_any_onnx(patch)
-
-        assert run_imported('build', *argv, '--dataset-name', 'Mes oiseaux')[0] == 0
     arguments = ('--output', str(own), '--namespace', 'me')
+    weights = save(tmp_path / 'x.pth', model.state_dict())
+    built(weights, '--model', name, *arguments, '--dataset-name', 'Mes oiseaux')
     code, out, err = run(*arguments, token=None)
     assert (code, err) == (0, []) and f'-> {hub.endpoint}/me/{name}\n' in out and not hub.requests
-    assert run(*arguments, '--push')[0] == 0
+    push(*arguments)
     repo = hub.repos[f'me/{name}']
     files = {name: blob.data for name, blob in repo.head.files.items() if name != '.gitattributes'}
     assert not repo.private and files == read_files(own / name)
     for extra, message in {
-        ('--push', '--pin'): '--pin is for what the package loads, not for folders of your own',
+        ('--pin',): '--pin is for what the package loads, not for folders of your own',
         ('--namespace', 'you'): 'the card was written for me, not for you: python hub/build.py ',
         ('--namespace', ''): '--output needs the namespace of your own to publish in',
     }.items():
-        code, _, err = run(*arguments, *extra)
-        assert code == 2 and len(err) == 1 and message in err[0], err
-    assert run(NAME, '--push')[0] == 0
+        assert len(fails(message, *arguments, *extra)) == 1
+    push()
     assert published(hub, project) and snapshot(project) == ours
 
 
 def test_net_with_arguments_is_published_with_them_and_not_pinned(
-    run, hub, project, tmp_path, run_imported, monkeypatch
+    run, push, fails, hub, project, tmp_path, any_onnx, built
 ):
     args = {'layers': [2, 2, 2], 'act_layer': 'silu', 'global_pool': 'max', 'in_chans': 1}
     model, name = models.create('sharesnet164_cifar', **args), 'sharesnet164_cifar.silu_c10'
     timm.models.save_for_hf(model, str(tmp_path / 'saved'), model_args=args, safe_serialization=True)
-    with monkeypatch.context() as patch:
-        use(project, patch)
-        use_any_onnx(patch)
-
-        argv = [tmp_path / 'saved', '--model', name]
-        assert run_imported('build', *argv)[0] == 0
+    built(tmp_path / 'saved', '--model', name)
     take_for_the_real_hub(project, hub)
-    code, _, err = run(name, '--push', '--pin')
-    assert code == 2 and len(err) == 1 and not hub.requests
-    assert f'the package loads by name, so {name} would lack `layers=[2, 2, 2]`, ' in err[0]
-    assert run(name, '--push')[0] == 0
+    message = f'the package loads by name, so {name} would lack `layers=[2, 2, 2]`, '
+    assert len(fails(message, name, '--pin')) == 1 and not hub.requests
+    push(name)
     script = tmp_path / 'load.py'
     script.write_text(
         f"import timm, torch; m = timm.create_model('hf-hub:timm-sharesnet/{name}', pretrained=True).eval()\n"
@@ -542,17 +508,17 @@ def take_for_the_real_hub(project, hub):
     edit(path, f"{constant}'https://huggingface.co'", f'{constant}{hub.endpoint!r}')
 
 
-def test_push_with_pin_writes_the_verified_commit(run, hub, project):
+def test_push_with_pin_writes_the_verified_commit(push, fails, hub, project):
     take_for_the_real_hub(project, hub)
-    before = json.loads((project / 'timm_sharesnet' / 'weights.json').read_text())
+    pins = project / 'timm_sharesnet' / 'weights.json'
+    before = json.loads(pins.read_text())
     hub.fail('GET', '/tree/', 503, 99)
-    assert run(NAME, '--push', '--pin')[0] == 2
-    assert json.loads((project / 'timm_sharesnet' / 'weights.json').read_text()) == before
+    fails('', NAME, '--pin')
+    assert json.loads(pins.read_text()) == before
     hub.heal()
-    assert run(NAME, '--push', '--pin')[0] == 0
-    code, _, err = run(NAME, '--push', '--pin', '--namespace', 'me')
-    assert code == 2 and f'--pin is for timm-sharesnet on {hub.endpoint} only, not for me' in err[0]
-    after = json.loads((project / 'timm_sharesnet' / 'weights.json').read_text())
+    push(NAME, '--pin')
+    fails(f'--pin is for timm-sharesnet on {hub.endpoint} only, not for me', NAME, '--pin', '--namespace', 'me')
+    after = json.loads(pins.read_text())
     pin = {'repo': REPO, 'revision': hub.repos[REPO].head.oid}
     assert after == before | {NAME: before[NAME] | pin}
 
@@ -576,9 +542,9 @@ def test_snippets_of_the_card_run(run, hub, tmp_path, card):
         image.convert('RGB').crop((x, y, x + 32, y + 32)).save(tmp_path / 'image.png')
     for file in ('config.json', 'onnx'):
         (tmp_path / file).symlink_to(card.parent / file)
-    snippets = re.findall(r'```python\n(.*?)\n```', text, re.S)
+    codes = snippets(text)
     outputs = []
-    for number, code in enumerate(snippets):
+    for number, code in enumerate(codes):
         pip, _, code = code.partition('\n')
         assert pip == f'# pip install {"onnxruntime timm" if "onnx" in code else "timm-sharesnet"}'
         script = tmp_path / f'snippet{number}.py'
@@ -592,7 +558,7 @@ def test_snippets_of_the_card_run(run, hub, tmp_path, card):
         meta = json.loads((ROOT / 'tests' / 'data' / f'{sheet}.json').read_text())
         assert classes[0].endswith(f'% {meta["classes"][meta["labels"][i]]}')
         assert label == [meta['classes'][meta['labels'][i]]]
-    for lines, code in zip((features, embedding), snippets[1:3], strict=True):
+    for lines, code in zip((features, embedding), codes[1:3], strict=True):
         assert ', '.join(lines) == re.search(r'print\(tuple\(.*  # (.*)', code)[1]
 
 
