@@ -173,18 +173,14 @@ def install(new, release, manifest, pins):
         contents[shelf.ignored] = (text + ''.join(f'{line}\n' for line in ignored)).encode()
     if pins[release.name]['packaged']:
         contents[shelf.packaged(release.name)] = (new / WEIGHTS).read_bytes()
-    contents = {path: content for path, content in contents.items() if _read(path) != content}
+    contents = {path: new for path, new in contents.items() if not path.is_file() or path.read_bytes() != new}
     with folder.staged(contents) as written:
         folder.replace({release.path: new, **written})
     return ignored
 
 
-def _read(path):
-    return path.read_bytes() if path.is_file() else None
-
-
 def tell_accuracy(entry):
-    return f'top-1 {entry["accuracy"]["top1"]:.2f} %' if entry['accuracy'] else 'accuracy not measured'
+    return f'top-1 {card.percent(entry["accuracy"]["top1"])}' if entry['accuracy'] else 'accuracy not measured'
 
 
 def tell_onnx(onnx, data_dir):
@@ -684,7 +680,7 @@ def tell_picked(best, written):
     other = next(label for label in written if label != best)
     if written[best] is None:
         return f'{best} (not compared with those {other}, for want of data)'
-    return f'{best} (top-1 {written[best]["top1"]:.2f} %, {other} {written[other]["top1"]:.2f} %)'
+    return f'{best} (top-1 {card.percent(written[best]["top1"])}, {other} {card.percent(written[other]["top1"])})'
 
 
 def require_matplotlib():

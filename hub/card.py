@@ -28,15 +28,13 @@ INT8 = (
 )
 
 
-def complete(entry, dataset):
-    """Whether an entry's accuracy was measured on the whole split, so that it may stand in the model-index."""
-    return bool(entry['accuracy']) and entry['accuracy']['images'] == dataset.images
-
-
 def metadata(release, entry, namespace):
-    """The card's metadata. Weights that are not ours have the licence that a person states for them, or none."""
-    dataset, results = release.dataset, {}
-    if complete(entry, dataset):
+    """The card's metadata, with an accuracy that was measured on the whole split.
+
+    Weights that are not ours have the licence that a person states for them, or none.
+    """
+    dataset, accuracy, results = release.dataset, entry['accuracy'], {}
+    if accuracy and accuracy['images'] == dataset.images:
         common = {
             'task_type': 'image-classification',
             'task_name': 'Image Classification',
@@ -47,7 +45,7 @@ def metadata(release, entry, namespace):
             'source_url': f'https://huggingface.co/{namespace}/{release.name}/blob/main/README.md',
             'source_name': 'model card',
         }
-        values = [('Top-1 accuracy', entry['accuracy']['top1']), ('Top-5 accuracy', entry['accuracy']['top5'])]
+        values = [('Top-1 accuracy', accuracy['top1']), ('Top-5 accuracy', accuracy['top5'])]
         evals = [
             EvalResult(metric_name=n, metric_value=round(v / 100, 6), **common) for n, v in values if v is not None
         ]
@@ -118,8 +116,11 @@ def accuracy_rows(release, entry, manifest):
 
 
 def _row(who, top1, top5, how):
-    figures = [f'{top1:.2f} %' if top1 is not None else NOT_MEASURED, f'{top5:.2f} %' if top5 is not None else '-']
-    return f'| {who} | {figures[0]} | {figures[1]} | {how} |'
+    return f'| {who} | {percent(top1)} | {percent(top5, "-")} | {how} |'
+
+
+def percent(value, otherwise=NOT_MEASURED):
+    return otherwise if value is None else f'{value:.2f} %'
 
 
 def onnx_rows(release, entry):
@@ -136,7 +137,7 @@ def onnx_rows(release, entry):
                 how.append(f'calibrated on {own["calibration"]:,} training images')
             if own['accuracy']:
                 how.append(f'measured on {own["accuracy"]["images"]:,} of {dataset.images:,} {dataset.split} images')
-            top1 = f'{own["accuracy"]["top1"]:.2f} %' if own['accuracy'] else NOT_MEASURED
+            top1 = percent(own['accuracy'] and own['accuracy']['top1'])
             rows.append(_onnx_row(f'`{ONNX}/{file}`', onnx_size(files, file), top1, own, ', '.join(how)))
         if file in twin:
             how = f'`{release.net.twin}` that computes the same, folded and written alike, not published'
@@ -178,16 +179,7 @@ def describe_model(release, path):
 
 
 def compose(release, path, namespace, manifest, pin, training):
-    """The card's text.
-
-    Args:
-        release: What it is the card of.
-        path: Its folder.
-        namespace: Where the folder will be published.
-        manifest: manifest.json with the entry of the release.
-        pin: The entry of the release in weights.json.
-        training: What to tell of the training, label -> text.
-    """
+    """The card's text of a folder, with its pin of weights.json and what to tell of its training, label -> text."""
     name, dataset, entry = release.name, release.dataset, manifest[release.name]
     facts, stated = describe_model(release, path), metadata(release, entry, namespace)
     named, px = dataset.names(), pixels(facts['height'], facts['width'])

@@ -45,21 +45,16 @@ def _imagenet(depth, parameters, twin_parameters, shared, original):
     return Net(f'resnet{depth}', parameters, twin_parameters, paper, 'in1k')
 
 
-_R164 = (
-    Paper('ResNet-164, shared', 93.8, None, 'Table 2'),
-    Paper('ResNet-164, unshared', 94.54, None, 'Table 2'),
-    Paper('ResNet-92, unshared, of like size', 93.9, None, 'Table 3'),
-)
-_W40 = (
-    Paper('WRN-40-4, shared', 94.9, None, 'Table 2'),
-    Paper('WRN-40-4, unshared', 95.83, None, 'Table 2'),
-    Paper('WRN-28-4, unshared, of like size', 95.0, None, 'Table 3'),
-)
-_W28 = (
-    Paper('WRN-28-10, shared', 79.8, None, 'Table 2'),
-    Paper('WRN-28-10, unshared', 80.0, None, 'Table 2'),
-    Paper('WRN-22-10, unshared, of like size', 79.55, None, 'Table 3'),
-)
+def _cifar(name, shared, unshared, smaller, like):
+    """What Tables 2 and 3 have of a network of the CIFAR part, shared or not, and of one with as few parameters."""
+    rows = [(f'{name}, shared', shared, 'Table 2'), (f'{name}, unshared', unshared, 'Table 2')]
+    rows += [(f'{smaller}, unshared, of like size', like, 'Table 3')]
+    return tuple(Paper(who, top1, None, table) for who, top1, table in rows)
+
+
+_R164 = _cifar('ResNet-164', 93.8, 94.54, 'ResNet-92', 93.9)
+_W40 = _cifar('WRN-40-4', 94.9, 95.83, 'WRN-28-4', 95.0)
+_W28 = _cifar('WRN-28-10', 79.8, 80.0, 'WRN-22-10', 79.55)
 NETS = {
     'sharesnet164_cifar': Net('resnet164_cifar', 929_114, 1_703_258, _R164, 'c10'),
     'resnet164_cifar': Net('resnet164_cifar', 1_703_258, 1_703_258, _R164, 'c10'),

@@ -22,7 +22,6 @@ import folder
 import provenance
 from folder import KINDS, ONNX, WEIGHTS
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from timm_sharesnet import unshare
@@ -90,9 +89,7 @@ def check(release, sample=True):
     """What is wrong with a folder, a line each."""
     path = release.path
     faults = _collect(static_faults, release)
-    if (path / WEIGHTS).is_file() and not any(
-        fault.startswith((WEIGHTS, 'config', 'no ', repr(path.name))) for fault in faults
-    ):
+    if (path / WEIGHTS).is_file() and not any(fault.startswith((WEIGHTS, 'config', 'no ')) for fault in faults):
         faults += _collect(trained_faults, release) + _collect(model_faults, release, sample)
         if (path / ONNX).is_dir() and not any(fault.startswith(ONNX) for fault in faults):
             faults += _collect(session_faults, release, sample)
@@ -146,9 +143,13 @@ def _collect(part, release, *args):
         return [f'{part.__name__.removesuffix("_faults")} cannot be verified: {type(e).__name__}: {e}']
 
 
+def plain_files(path):
+    return {file.name for file in path.iterdir() if file.is_file() and not file.is_symlink()}
+
+
 def file_faults(release, _manifest, _pin):
     path = release.path
-    found = {file.name for file in path.iterdir() if file.is_file() and not file.is_symlink()}
+    found = plain_files(path)
     allowed = found & folder.ALLOWED | ({ONNX} if (path / ONNX).is_dir() and not (path / ONNX).is_symlink() else set())
     faults = [f'{file.name} does not belong there' for file in path.iterdir() if file.name not in allowed]
     required = folder.REQUIRED if release.shelf.tracked(release.name) else folder.REQUIRED - {WEIGHTS}
@@ -160,17 +161,16 @@ def file_faults(release, _manifest, _pin):
 
 def weights_faults(release, _manifest, pin):
     weights = release.path / WEIGHTS
-    if not weights.is_file():
-        return []
-    if weights.stat().st_size != pin['size']:
-        return [f'{WEIGHTS} has {weights.stat().st_size:,} bytes, weights.json says {pin["size"]:,}']
-    if folder.sha256(weights) != pin['sha256']:
-        return [f'{WEIGHTS} has the SHA-256 {folder.sha256(weights)}, weights.json says {pin["sha256"]}']
-    try:
-        with safe_open(weights, framework='numpy'):
-            pass
-    except Exception as e:
-        return [f'{WEIGHTS} is no safetensors file: {e}']
+    return recorded_faults(weights, WEIGHTS, pin, 'weights.json') if weights.is_file() else []
+
+
+def recorded_faults(file, name, record, where):
+    """Whether a file has the size and the SHA-256 that are recorded."""
+    size, digest = file.stat().st_size, folder.sha256(file)
+    if size != record['size']:
+        return [f'{name} has {size:,} bytes, {where} says {record["size"]:,}']
+    if digest != record['sha256']:
+        return [f'{name} has the SHA-256 {digest}, {where} says {record["sha256"]}']
     return []
 
 
@@ -212,20 +212,17 @@ def onnx_faults(release, manifest, _pin):
     faults, files = record_faults(release, entry), entry['onnx']['files']
     if not target.is_dir():
         return faults + ([f'{ONNX}/ is missing'] if release.shelf.tracked(release.name, f'{ONNX}/') else [])
-    found = {file.name for file in target.iterdir() if file.is_file() and not file.is_symlink()}
+    found = plain_files(target)
     faults += [
         f'{ONNX}/{file.name} does not belong there'
         for file in target.iterdir()
         if file.name not in found & files.keys()
     ]
     for name, record in files.items():
-        file = target / name
-        if name not in found:
+        if name in found:
+            faults += recorded_faults(target / name, f'{ONNX}/{name}', record, 'the manifest')
+        else:
             faults.append(f'{ONNX}/{name} is missing')
-        elif file.stat().st_size != record['size']:
-            faults.append(f'{ONNX}/{name} has {file.stat().st_size:,} bytes, the manifest says {record["size"]:,}')
-        elif folder.sha256(file) != record['sha256']:
-            faults.append(f'{ONNX}/{name} has the SHA-256 {folder.sha256(file)}, the manifest says {record["sha256"]}')
     return faults
 
 

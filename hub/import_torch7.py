@@ -10,11 +10,11 @@ Written are DIR/model.safetensors and DIR/config.json, and no other file of DIR 
 Exit code 0, or 2 and a line that says what is wrong.
 """
 
-import hashlib
 import sys
 from pathlib import Path
 
 import timm
+from folder import sha256
 from timm.utils import ParseKwargs
 
 from timm_sharesnet import load_torch7
@@ -61,7 +61,7 @@ def require_model(name):
 def write(model, model_kwargs, checkpoint, output):
     """Write the folder. config.json tells which file was imported, and keeps the tag of no other weights."""
     tag = model.pretrained_cfg['tag'] if 'torch7' in model.pretrained_cfg['tag'] else 'torch7'
-    source = {'file': checkpoint.name, 'sha256': hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
+    source = {'file': checkpoint.name, 'sha256': sha256(checkpoint)}
     save_folder(model, output, model_kwargs, {'pretrained_cfg': {'tag': tag}, 'torch7': source})
 
 

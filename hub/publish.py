@@ -19,7 +19,6 @@ import shlex
 import signal
 import sys
 import tempfile
-from pathlib import Path
 
 import card
 import catalog
@@ -57,7 +56,7 @@ def main(argv):
         require_hub(CHECKSUMS, '--push')
         folder.require_onnx()  # `check` needs it
     if args.pin:
-        refuse_pin(args.push, shelf, namespace, constants.ENDPOINT)
+        refuse_pin(args.push, shelf, namespace)
     names = args.names or [name for name in shelf.names() if (shelf.path / name / WEIGHTS).is_file()]
     if not names:
         raise CommandError(f'there is nothing to publish in {shelf.path}')
@@ -94,7 +93,7 @@ def main(argv):
 # The pin
 
 
-def refuse_pin(push, shelf, namespace, endpoint):
+def refuse_pin(push, shelf, namespace):
     """Raise unless the commit may be named in the package, from which every user loads."""
     if not push:
         raise CommandError('--pin needs --push, which tells the commit')
@@ -102,9 +101,9 @@ def refuse_pin(push, shelf, namespace, endpoint):
         raise CommandError(
             '--pin is for what the package loads, not for folders of your own: load with hf-hub:NAMESPACE/ARCH.TAG'
         )
-    if namespace != catalog.NAMESPACE or endpoint != PINNED_ENDPOINT:
+    if (namespace, constants.ENDPOINT) != (catalog.NAMESPACE, PINNED_ENDPOINT):
         raise CommandError(
-            f'--pin is for {catalog.NAMESPACE} on {PINNED_ENDPOINT} only, not for {namespace} on {endpoint}: '
+            f'--pin is for {catalog.NAMESPACE} on {PINNED_ENDPOINT} only, not for {namespace} on {constants.ENDPOINT}: '
             'push without it, and load with hf-hub:NAMESPACE/ARCH.TAG'
         )
 
@@ -126,19 +125,17 @@ def local_faults(release, namespace, push):
     """Why a folder may not be published. Only before a push, the weights are loaded, too."""
     path, name = release.path, release.name
     faults = check.check(release, sample=False) if push else check.static_faults(release)
-    if not faults:
-        faults = [f'{part} is not here' for part in folder.LARGE if not (path / part).exists()]
-    if not faults:
-        written_for = card.card_namespace((path / 'README.md').read_text(encoding='utf-8'), name)
-        if written_for != namespace:
-            script, output = Path(os.path.relpath(folder.HUB / 'build.py')), ''
-            if release.shelf.package is None:
-                output = f' --output {shlex.quote(os.path.relpath(release.shelf.path))}'
-            faults = [
-                f'the card was written for {written_for}, not for {namespace}: python {shlex.quote(str(script))} '
-                f'{shlex.quote(release.shown)} --model {name}{output} --namespace {namespace}'
-            ]
-    return faults
+    faults = faults or [f'{part} is not here' for part in folder.LARGE if not (path / part).exists()]
+    if faults:
+        return faults
+    written_for = card.card_namespace((path / 'README.md').read_text(encoding='utf-8'), name)
+    if written_for == namespace:
+        return []
+    argv = ['python', os.path.relpath(folder.HUB / 'build.py'), release.shown, '--model', name]
+    if release.shelf.package is None:
+        argv += ['--output', os.path.relpath(release.shelf.path)]
+    again = shlex.join([*argv, '--namespace', namespace])
+    return [f'the card was written for {written_for}, not for {namespace}: {again}']
 
 
 def show(release, namespace):
