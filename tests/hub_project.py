@@ -98,7 +98,7 @@ def flip_last_byte(path):
     path.write_bytes(data)
 
 
-def use_small_net(monkeypatch, **kwargs):
+def small_net(monkeypatch, **kwargs):
     """Make sharesnet164_cifar a net of three blocks a stage instead of 18, of which ONNX files are made in seconds.
 
     Returns one with random weights.

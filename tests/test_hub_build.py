@@ -18,7 +18,7 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_project import NAME, ROOT, edit, edit_json, read_manifest, release, save, snapshot, snippets, use_small_net
+from hub_project import NAME, edit, edit_json, read_files, read_manifest, release, save, small_net, snapshot, snippets
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -220,7 +220,7 @@ def test_onnx_files_are_calibrated_on_training_images_and_kept_with_the_weights(
 ):
     name = 'sharesnet164_cifar.test_c10'
     path, onnx = project / 'hub' / name, project / 'hub' / name / 'onnx'
-    weights = save(tmp_path / 'x.pth', use_small_net(monkeypatch).state_dict())
+    weights = save(tmp_path / 'x.pth', small_net(monkeypatch).state_dict())
     shutil.copytree(data / 'test', data / 'train')
     read = []
     monkeypatch.setattr(build, 'CALIBRATION', 5)
@@ -363,11 +363,11 @@ def test_nothing_is_written_for_a_train_run_with(train_run, refused, file, old, 
     refused(message, path, '--model', C10)
 
 
-def test_imported_weights_must_be_tagged_so(tmp_path, refused):
+def test_imported_weights_must_be_tagged_so(project, tmp_path, refused):
     (tmp_path / 'in').mkdir()
     config = '{"architecture": "sharesnet34", "pretrained_cfg": {"tag": "torch7_in1k"}}'
     (tmp_path / 'in' / 'config.json').write_text(config)
-    shutil.copyfile(ROOT / 'hub' / NAME / 'model.safetensors', tmp_path / 'in' / 'model.safetensors')
+    shutil.copyfile(project / 'hub' / NAME / 'model.safetensors', tmp_path / 'in' / 'model.safetensors')
     refused('the tag must start with torch7_', tmp_path / 'in', '--model', 'sharesnet34.mine_in1k')
     message = 'config.json says sharesnet34, --model says sharesnet50'
     refused(message, tmp_path / 'in', '--model', 'sharesnet50.torch7_in1k')
@@ -377,10 +377,10 @@ def test_imported_weights_must_be_tagged_so(tmp_path, refused):
     ('classes', 'message'),
     [('ab', 'has 2 classes'), ('abcdefghij', 'does not have the classes of CIFAR-10: a, b, c')],
 )
-def test_images_of_other_classes_are_refused(tmp_path, refused, classes, message):
+def test_images_of_other_classes_are_refused(project, tmp_path, refused, classes, message):
     for name in classes:
         (tmp_path / 'data' / 'test' / name).mkdir(parents=True)
-        shutil.copyfile(ROOT / 'hub' / NAME / 'curves.png', tmp_path / 'data' / 'test' / name / 'x.png')
+        shutil.copyfile(project / 'hub' / NAME / 'curves.png', tmp_path / 'data' / 'test' / name / 'x.png')
     weights = save(tmp_path / 'x.pth', {'fc.bias': torch.zeros(10)})
     refused(message, weights, '--model', C10, '--data-dir', tmp_path / 'data')
 
@@ -411,7 +411,7 @@ SMALL = 'sharesnet164_cifar.small_c10'
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """Make a small net, and write what train.py leaves of it: its options beside the weights, with them, or nowhere."""
-    use_small_net(monkeypatch)
+    small_net(monkeypatch)
 
     def train(options=None, inside=False, **kwargs):
         model = models.create('sharesnet164_cifar', **kwargs)
@@ -487,13 +487,8 @@ def test_folder_loads_to_the_net_that_was_trained(project, train, any_onnx, buil
 
 def test_figures_onnx_files_and_twin_are_of_the_net_that_was_trained(project, train, no_memory, data, built):
     """It sees gray images, normalized as timm's loader does without other options: by the means of three colours'."""
-    kwargs = {'global_pool': 'max', 'in_chans': 1, 'act_layer': 'silu', 'layers': [5, 3, 3], 'share_rate': 0.5}
-    options = {
-        'gp': 'max',
-        'in_chans': 1,
-        'model_kwargs': {k: kwargs[k] for k in ('act_layer', 'layers', 'share_rate')},
-    }
-    source, model = train(options, **kwargs)
+    kwargs = {'act_layer': 'silu', 'layers': [5, 3, 3], 'share_rate': 0.5}
+    source, model = train({'gp': 'max', 'in_chans': 1, 'model_kwargs': kwargs}, global_pool='max', in_chans=1, **kwargs)
     shutil.copytree(data / 'test', data / 'train')
     built(source, '--model', SMALL, '--data-dir', data)
     assert check.check(release(project / 'hub' / SMALL)) == []
@@ -600,14 +595,9 @@ def places(tmp_path):
     return {there / name: new / name for name in 'xyz'}
 
 
-def contents(places):
-    there = next(iter(places)).parent
-    return {p.relative_to(there).as_posix(): p.read_text() for p in sorted(there.rglob('*')) if p.is_file()}
-
-
-def test_what_is_finished_takes_the_place_of_what_was_there(places):
+def test_what_is_finished_takes_the_place_of_what_was_there(places, tmp_path):
     folder.replace(places)
-    assert contents(places) == {'x/file': 'new', 'y': 'new', 'z': 'new'}
+    assert read_files(tmp_path / 'there') == {'x/file': b'new', 'y': b'new', 'z': b'new'}
 
 
 @pytest.mark.parametrize('failing', ['missing', 'copy', 0, 1, 2, 3])
@@ -615,13 +605,11 @@ def test_failure_to_replace_leaves_all_as_it_was(places, tmp_path, monkeypatch, 
     """A full disk at the copy, or whatever at any of the renames: old folder aside, folder, file, new file."""
     if failing == 'missing':
         (tmp_path / 'new' / 'z').unlink()
-    before, calls, rename = contents(places), [], Path.rename
+    before, calls, rename = read_files(tmp_path / 'there'), [], Path.rename
 
     def fail(source, target):
         calls.append(source)
-        if len(calls) == failing + 1:
-            raise OSError(28, 'No space left on device')
-        return rename(source, target)
+        return fail_copy() if len(calls) == failing + 1 else rename(source, target)
 
     if failing == 'copy':
         monkeypatch.setattr(shutil, 'copyfile', lambda source, target: Path(target).write_text('o') and fail_copy())
@@ -629,7 +617,7 @@ def test_failure_to_replace_leaves_all_as_it_was(places, tmp_path, monkeypatch, 
         monkeypatch.setattr(Path, 'rename', fail)
     with pytest.raises(OSError):
         folder.replace(places)
-    assert contents(places) == before
+    assert read_files(tmp_path / 'there') == before
 
 
 def fail_copy():

@@ -1,5 +1,6 @@
 """hub/check.py finds what is wrong with a folder and names it."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -63,20 +64,23 @@ def test_tracked_weights_stay_under_80_mb():
     assert files and sum(file.stat().st_size for file in files) < 80e6
 
 
-def in_json(name, change):
+def in_json(name, *keys, **values):
+    """Set values of what lies below the keys; `...` takes one out."""
+
+    def change(data):
+        for key in keys:
+            data = data[key]
+        data.update(values)
+        for key in [key for key, value in data.items() if value is ...]:
+            del data[key]
+
     return lambda path: edit_json(path / name, change)
 
 
-def in_config(change):
-    return in_json('config.json', change)
-
-
-def in_manifest(change):
-    return in_json('../manifest.json', lambda d: change(d[NAME]))
-
-
-def in_pin(**values):
-    return in_json('../../timm_sharesnet/weights.json', lambda d: d[NAME].update(values))
+in_config = functools.partial(in_json, 'config.json')
+in_manifest = functools.partial(in_json, '../manifest.json', NAME)
+in_onnx = functools.partial(in_manifest, 'onnx', 'files', 'model.onnx')
+in_pin = functools.partial(in_json, '../../timm_sharesnet/weights.json', NAME)
 
 
 def in_card(old, new):
@@ -113,42 +117,36 @@ DAMAGE = {
     'a folder': (lambda p: (p / '.cache').mkdir(), '.cache does not belong there'),
     'a link': (link('curves.png', 'x'), 'curves.png does not belong there'),
     'no provenance': (unlink('training.json'), 'it does not tell how the weights came about'),
-    'a path': (
-        in_json('training.json', lambda d: d.update(how='/home/me/runs/last.pth')),
-        'training.json: how is not in plain words',
-    ),
+    'a path': (in_json('training.json', how='/home/me/runs/last.pth'), 'training.json: how is not in plain words'),
     'broken provenance': (write('training.json', '{'), 'training.json cannot be read'),
-    'another seed': (in_json('training.json', lambda d: d.update(seed=7)), 'seed: the manifest says 0, the record 7'),
+    'another seed': (in_json('training.json', seed=7), 'seed: the manifest says 0, the record 7'),
     'no curves': (unlink('curves.png'), 'curves.png is missing'),
     'broken curves': (write('curves.png', 'PNG'), 'provenance cannot be verified'),
     'another architecture': (
-        in_config(lambda d: d.update(architecture='resnet164_cifar')),
+        in_config(architecture='resnet164_cifar'),
         "config.json has architecture 'resnet164_cifar' instead of 'sharesnet164_cifar'",
     ),
-    'another tag': (
-        in_config(lambda d: d['pretrained_cfg'].update(tag='x_c10')),
-        "config.json has tag 'x_c10' instead of 'cpu_c10'",
-    ),
-    'other labels': (in_config(lambda d: d['label_names'].reverse()), 'config.json has label_names'),
+    'another tag': (in_config('pretrained_cfg', tag='x_c10'), "config.json has tag 'x_c10' instead of 'cpu_c10'"),
+    'other labels': (in_config(label_names=catalog.DATASETS['c10'].names()[::-1]), 'config.json has label_names'),
     'what transformers would pass twice': (
-        in_config(lambda d: d['model_args'].update(num_classes=10)),
+        in_config('model_args', num_classes=10),
         f"{ARGS}, 'num_classes': 10}} instead of {{'in_chans'",
     ),
     'other arguments': (
-        in_config(lambda d: d['model_args'].update(act_layer='silu')),
+        in_config('model_args', act_layer='silu'),
         f"{ARGS}, 'act_layer': 'silu'}} instead of {{'in_chans'",
     ),
     'a pooling that only the config has for information': (
-        in_manifest(lambda d: d['model_args'].update(global_pool='max')),
+        in_manifest('model_args', global_pool='max'),
         f"{ARGS}}} instead of {{'in_chans': 3, 'global_pool': 'm",
     ),
     'arguments of what is loaded by name': (
-        in_manifest(lambda d: d['model_args'].update(share_rate=0.5)),
+        in_manifest('model_args', share_rate=0.5),
         'weights.json has a pin or "packaged", by which they would load without `share_rate=0.5`',
     ),
-    'another hash': (in_config(lambda d: d.update(sha256='0')), "config.json has sha256 '0' instead"),
+    'another hash': (in_config(sha256='0'), "config.json has sha256 '0' instead"),
     'a source': (
-        in_config(lambda d: d['pretrained_cfg'].update(url='https://example.org/x.bin')),
+        in_config('pretrained_cfg', url='https://example.org/x.bin'),
         'config.json must not name a source of weights: url',
     ),
     'broken config': (write('config.json', '{'), 'config.json is not valid'),
@@ -167,14 +165,8 @@ DAMAGE = {
     'broken manifest': (write('../manifest.json', '{'), 'manifest.json is not valid'),
     'no entry': (write('../manifest.json', '{}'), 'no entry in manifest.json'),
     'no pin': (write('../../timm_sharesnet/weights.json', '{}'), 'no entry in weights.json'),
-    'half an entry': (
-        in_manifest(lambda d: d.pop('sample')),
-        'no valid entry in manifest.json: sample is missing or unknown',
-    ),
-    'other data': (
-        in_manifest(lambda d: d.update(data='CIFAR-100')),
-        'data: the manifest says CIFAR-100, the tag CIFAR-10',
-    ),
+    'half an entry': (in_manifest(sample=...), 'no valid entry in manifest.json: sample is missing or unknown'),
+    'other data': (in_manifest(data='CIFAR-100'), 'data: the manifest says CIFAR-100, the tag CIFAR-10'),
     'another hash in the package': (in_pin(sha256='0' * 64), f'weights.json says {"0" * 64}'),
     'a pin of another repository': (
         in_pin(repo='x/y', revision='a' * 40),
@@ -196,21 +188,15 @@ DAMAGE = {
     'a folder in onnx/': (lambda p: (p / 'onnx/x').mkdir(), 'onnx/x does not belong there'),
     'a link to ONNX': (link('onnx/model.onnx', 'x'), 'onnx/model.onnx does not belong there'),
     'a link to the folder': (link('onnx', '../x'), 'onnx does not belong there'),
-    'half an ONNX entry': (
-        in_manifest(lambda d: d['onnx']['files']['model.onnx'].pop('kernels')),
-        'onnx/model.onnx: kernels is missing or unknown in the manifest',
-    ),
+    'half an ONNX entry': (in_onnx(kernels=...), 'onnx/model.onnx: kernels is missing or unknown in the manifest'),
     'no fp32 in the manifest': (
-        in_manifest(lambda d: d['onnx']['files'].pop('model.onnx')),
+        in_manifest('onnx', 'files', **{'model.onnx': ...}),
         'onnx: the manifest must have model.onnx',
     ),
-    'no twin': (in_manifest(lambda d: d['onnx'].update(twin=None)), "the manifest has [] of the twin's files"),
-    'an impossible session': (
-        in_manifest(lambda d: d['onnx']['files']['model.onnx']['session'].update(held=99.9)),
-        'onnx/model.onnx: a session of ',
-    ),
+    'no twin': (in_manifest('onnx', twin=None), "the manifest has [] of the twin's files"),
+    'an impossible session': (in_onnx('session', held=99.9), 'onnx/model.onnx: a session of '),
     'another accuracy of fp32': (
-        in_manifest(lambda d: d['onnx']['files']['model.onnx']['accuracy'].update(top1=95.31)),
+        in_onnx('accuracy', top1=95.31),
         'onnx/model.onnx: the top-1 is 95.31 %, that of model.safetensors 94.31 %',
     ),
 }
@@ -272,8 +258,8 @@ def test_wrong_figures_and_preprocessing_are_named(path, monkeypatch):
     recorded = read_manifest(path.parent)['sample']['wrong']
     monkeypatch.setattr('folder.wrong_in_sample', lambda *_: recorded)  # slow; the whole is run above
     assert check.model_faults(release(path)) == []
-    in_manifest(lambda d: d.update(parameters=1, gmacs=9.9, dtype='float16'))(path)
-    in_config(lambda d: d['pretrained_cfg'].update(mean=[0.5, 0.5, 0.5]))(path)
+    in_manifest(parameters=1, gmacs=9.9, dtype='float16')(path)
+    in_config('pretrained_cfg', mean=[0.5, 0.5, 0.5])(path)
     assert check.model_faults(release(path)) == [
         'model.safetensors is float32, the manifest says float16',
         'config.json has mean [0.5, 0.5, 0.5] in pretrained_cfg, the package (0.4914, 0.4822, 0.4465)',
@@ -357,7 +343,7 @@ def test_onnx_file_that_is_not_the_net_s_is_named(path, monkeypatch, damage, mes
 
 
 def test_int8_that_classifies_otherwise_and_wrong_kernels_of_the_twin_are_named(path, monkeypatch):
-    in_manifest(lambda d: d['onnx']['twin']['model.onnx'].update(kernels=7))(path)
+    in_manifest('onnx', 'twin', 'model.onnx', kernels=7)(path)
     monkeypatch.setattr('folder.wrong_in_sample', lambda *_: [0, 1, 2, 3])
     int8, twin = check.session_faults(release(path))
     assert int8.startswith('onnx/model_quantized.onnx is wrong: 50 images of cifar10_test_1000 are not classified as')

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_project import ROOT, read_files, save, snippets, use_small_net
+from hub_project import ROOT, read_files, save, small_net, snippets
 from PIL import Image
 from transformers import pipeline
 
@@ -47,7 +47,7 @@ def data(tmp_path):
 @pytest.fixture
 def train_run(own, tmp_path, monkeypatch):
     """What train.py left of a net of three classes that takes every image for the last, at 48 px."""
-    model = use_small_net(monkeypatch, num_classes=3)
+    model = small_net(monkeypatch, num_classes=3)
     torch.nn.init.zeros_(model.fc.weight)
     torch.nn.init.zeros_(model.fc.bias).data[2] = 1.0
     (tmp_path / 'run').mkdir()
@@ -164,7 +164,7 @@ def test_options_of_own_data_are_refused_for_folders_of_ours(own, train_run, ref
 
 def test_net_of_a_known_data_set_may_be_one_s_own(own, arguments, any_onnx, built, monkeypatch):
     """With the sample, the paper's figures and the names of the classes, as of ours."""
-    model = use_small_net(monkeypatch)
+    model = small_net(monkeypatch)
     weights = save(own.parent.parent / 'x.pth', model.state_dict())
     built(weights, '--model', 'sharesnet164_cifar.mine_c10', *arguments[2:])
     text = (own / 'sharesnet164_cifar.mine_c10' / 'README.md').read_text()

@@ -6,7 +6,7 @@ import models
 import pytest
 import timm
 import torch
-from hub_project import NAME, ROOT, release, use_small_net
+from hub_project import NAME, ROOT, release, small_net
 from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
@@ -68,7 +68,7 @@ def test_built_net_in_fp16(scripts, tmp_path, monkeypatch):
     import build
 
     monkeypatch.setattr(build, 'HALF_ABOVE', 0)
-    model = use_small_net(monkeypatch)
+    model = small_net(monkeypatch)
     path = tmp_path / 'sharesnet164_cifar.half_c10'
     path.mkdir()
     assert build_folder(path, model)['dtype'] == 'float16'
