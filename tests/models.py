@@ -88,12 +88,11 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     """Net in evaluation mode whose batch norms have random weights and statistics, the same in each call."""
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs).eval()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias)
-            m.running_mean.normal_()
-            m.running_var.uniform_(0.5, 1.5)
+    for norm in batch_norms(model):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 1.5)
     model.made_by = (name, kwargs)
     return model
 
@@ -112,6 +111,10 @@ def images(model: nn.Module, n: int = 2) -> torch.Tensor:
     weight = next(model.parameters())
     chans = model.pretrained_cfg['input_size'][0]
     return torch.randn(n, chans, 32, 32, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
+
+
+def batch_norms(model: nn.Module) -> List[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
 def uses(model: nn.Module) -> List[SharingBlock]:

@@ -3,14 +3,14 @@
 import copy
 import pickle
 from collections import Counter
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
 from additions import ADDITIONS, add
-from models import SHALLOW, SMALL, VARIANTS, create, error, images, kinds, small, unshared, uses
+from models import SHALLOW, SMALL, VARIANTS, batch_norms, create, error, images, kinds, small, unshared, uses
 from safetensors.torch import load_file, save_file
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
@@ -41,8 +41,22 @@ def no_grad():
 
 
 def assert_equal_outputs(folded: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
+    """Outputs that are a tensor, several, or several with names."""
     assert x.dtype == torch.double
-    assert error(folded(x), model(x)) <= 1e-12
+    found, expected = folded(x), model(x)
+    if isinstance(expected, torch.Tensor):
+        found, expected = [found], [expected]
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        found, expected = found.values(), expected.values()
+    assert len(found) == len(expected) and max(map(error, found, expected)) <= 1e-12
+
+
+def assert_folds(model: nn.Module, x: Optional[torch.Tensor] = None) -> nn.Module:
+    """Fold a net of double precision: what it computes stays."""
+    folded = fold(model)
+    assert_equal_outputs(folded, model, images(model) if x is None else x)
+    return folded
 
 
 def norms(model: nn.Module) -> List[str]:
@@ -52,6 +66,12 @@ def norms(model: nn.Module) -> List[str]:
 def norm_name(block: SharingBlock) -> str:
     """Name of the layer that follows the 3x3."""
     return block.branch[block.branch.index('conv2') + 1]
+
+
+def norms_after(blocks: Iterable[SharingBlock]) -> List[nn.BatchNorm2d]:
+    """Batch norms that follow the 3x3 of a block: in a wide block there is none."""
+    layers = (getattr(block, norm_name(block)) for block in blocks)
+    return [layer for layer in layers if isinstance(layer, nn.BatchNorm2d)]
 
 
 def form(block: SharingBlock) -> str:
@@ -72,8 +92,7 @@ def form(block: SharingBlock) -> str:
 @kinds
 @nets
 def test_folded_net_computes_the_same(kind, net):
-    model = net(kind).double()
-    assert_equal_outputs(fold(model), model, images(model))
+    assert_folds(net(kind).double())
 
 
 @kinds
@@ -106,9 +125,8 @@ HARD: Dict[str, Channels] = {
 def harden(model: nn.Module, channels: Channels) -> nn.Module:
     """Change the weights of the batch norms around each 3x3 that is or could be shared."""
     torch.manual_seed(2)
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.weight.copy_(channels(m.weight, torch.rand(len(m.weight))))
+    for norm in batch_norms(model):
+        norm.weight.copy_(channels(norm.weight, torch.rand(len(norm.weight))))
     return model
 
 
@@ -116,8 +134,7 @@ def harden(model: nn.Module, channels: Channels) -> nn.Module:
 @nets_twins_slow
 @pytest.mark.parametrize('scales', HARD)
 def test_scales_of_any_sign_and_size_fold_exactly(kind, net, scales):
-    model = harden(net(kind).double(), HARD[scales])
-    assert_equal_outputs(fold(model), model, images(model))
+    assert_folds(harden(net(kind).double(), HARD[scales]))
 
 
 @kinds
@@ -125,10 +142,9 @@ def test_scales_of_any_sign_and_size_fold_exactly(kind, net, scales):
 @pytest.mark.parametrize('size', [50, 1e6])
 def test_biases_far_from_zero_fold_exactly(kind, net, size):
     model = net(kind).double()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.bias.mul_(size)
-    assert_equal_outputs(fold(model), model, images(model))
+    for norm in batch_norms(model):
+        norm.bias.mul_(size)
+    assert_folds(model)
 
 
 @kinds
@@ -148,11 +164,9 @@ SHRINK = 0.3 / MAX_SHIFT  # scales that just move: shifts of up to the bound, ke
 def test_folded_net_is_as_accurate_as_the_net_in_half_precision(kind, dtype, scales):
     model = small(kind)
     if scales == 'moved':
-        for block in uses(model):
-            norm = getattr(block, norm_name(block))
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.weight.mul_(SHRINK)
-                norm.bias.uniform_(-0.1, 0.1)
+        for norm in norms_after(uses(model)):
+            norm.weight.mul_(SHRINK)
+            norm.bias.uniform_(-0.1, 0.1)
     else:
         harden(model, HARD[scales])
     folded = fold(model)
@@ -209,17 +223,14 @@ def test_scale_moves_unless_a_channel_is_negative_or_shifts_too_far(kind, change
     model = small(kind).double()
     block = model.layer1.blocks[1]
     change(getattr(block, norm_name(block)))
-    folded = fold(model)
+    folded = assert_folds(model)
     assert [form(block) for block in uses(folded.layer1)[-2:]] == [expected, 'bias']  # the change is its own
-    assert_equal_outputs(folded, model, images(model))
 
 
 @pytest.mark.parametrize('act_layer', ['silu', 'leaky_relu', 'relu6'])
 def test_scale_does_not_move_past_another_activation_than_relu(act_layer):
-    model = small('bottleneck', act_layer=act_layer).double()
-    folded = fold(model)
+    folded = assert_folds(small('bottleneck', act_layer=act_layer).double())
     assert {form(block) for block in uses(folded)} == {'depthwise'}
-    assert_equal_outputs(folded, model, images(model))
 
 
 def test_constants_of_channels_with_scale_zero_reach_the_output():
@@ -243,10 +254,11 @@ def test_each_shared_kernel_is_stored_once_as_it_was(kind):
     for name in stages:
         assert torch.equal(folded.get_submodule(name).conv.weight, model.get_submodule(name).conv.weight)
         assert folded.get_submodule(name).conv.bias is None
-    shapes = [Counter(m.weight.shape for m in n.modules() if isinstance(m, nn.Conv2d)) for n in (folded, model)]
-    assert {k: n for k, n in shapes[0].items() if k[2:] == (3, 3)} == {
-        k: n for k, n in shapes[1].items() if k[2:] == (3, 3)
-    }
+    found, expected = (
+        Counter(m.weight.shape for m in net.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3))
+        for net in (folded, model)
+    )
+    assert found == expected
     storages = [v.untyped_storage().data_ptr() for v in folded.state_dict().values()]
     assert len(set(storages)) == len(storages)
 
@@ -311,10 +323,8 @@ def test_dtype_mode_and_memory_format_are_the_model_s(kind, dtype):
 def other_form(kind: str) -> nn.Module:
     """A net some of whose uses are folded to another form than those of `small(kind)`."""
     model = small(kind)
-    for block in model.layer1.blocks:
-        norm = getattr(block, norm_name(block))
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.weight.neg_()
+    for norm in norms_after(model.layer1.blocks):
+        norm.weight.neg_()
     return model
 
 
@@ -367,9 +377,12 @@ def test_state_dicts_of_folded_and_unfolded_nets_are_not_confused(kind, net):
             copy.deepcopy(target).load_state_dict(source.state_dict())
 
 
+CLONES = {'deepcopy': copy.deepcopy, 'pickle': lambda model: pickle.loads(pickle.dumps(model))}
+
+
 @kinds
 @nets_twins_slow
-@pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
+@pytest.mark.parametrize('clone', CLONES.values(), ids=CLONES)
 def test_folded_net_can_be_copied_and_pickled(kind, net, clone):
     folded = fold(net(kind))
     x = images(folded)
@@ -377,7 +390,7 @@ def test_folded_net_can_be_copied_and_pickled(kind, net, clone):
 
 
 @kinds
-@pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
+@pytest.mark.parametrize('clone', CLONES.values(), ids=CLONES)
 def test_copy_of_a_folded_net_takes_the_form_that_it_loads(kind, clone):
     original, other = fold(small(kind)), fold(other_form(kind))
     x = images(original)
@@ -403,6 +416,14 @@ PLAIN: List[Tuple[str, Dict[str, Any]]] = [
 ]
 
 
+def assert_every_norm_folds(model: nn.Module, x: torch.Tensor) -> None:
+    assert norms(model) and not norms(assert_folds(model, x))
+
+
+def noise(n: int = 2) -> torch.Tensor:
+    return torch.randn(n, 3, 64, 64, dtype=torch.double)
+
+
 def variant(name: str, kwargs: Dict[str, Any]) -> Tuple[nn.Module, torch.Tensor]:
     model = create(name, **{**({} if name in ('sharesnet164_cifar', 'shawrn40_4') else SHALLOW), **kwargs}).double()
     torch.manual_seed(3)
@@ -411,74 +432,50 @@ def variant(name: str, kwargs: Dict[str, Any]) -> Tuple[nn.Module, torch.Tensor]
 
 @pytest.mark.parametrize('name,kwargs', VARIANTS)
 def test_what_the_nets_can_vary_folds(name, kwargs):
-    model, x = variant(name, kwargs)
-    folded = fold(model)
+    folded = assert_folds(*variant(name, kwargs))
     assert all(form(block) in ('bias', 'depthwise') for block in uses(folded)) or name == 'shawrn40_4'
-    assert_equal_outputs(folded, model, x)
 
 
 @pytest.mark.parametrize('name,kwargs', PLAIN)
 def test_timm_s_plain_resnets_fold(name, kwargs):
-    model, x = variant(name, {'layers': (1, 2, 1, 1), **kwargs})
-    folded = fold(model)
-    assert norms(model) and not norms(folded)
-    assert_equal_outputs(folded, model, x)
+    assert_every_norm_folds(*variant(name, {'layers': (1, 2, 1, 1), **kwargs}))
 
 
 @pytest.mark.parametrize('name', ['sharesnet34', 'sharesnet50', 'resnet50'])
 def test_norm_layer_of_another_kind_stays(name):
-    def group_norm(chs: int, **kwargs: Any) -> nn.GroupNorm:
-        return nn.GroupNorm(4, chs, **kwargs)
-
-    model, x = variant(name, dict(norm_layer=group_norm))
+    model, x = variant(name, dict(norm_layer=lambda chs, **kwargs: nn.GroupNorm(4, chs, **kwargs)))
     folded = fold(model)
     assert [type(m) for m in folded.modules()] == [type(m) for m in model.modules()]
     assert torch.equal(folded(x), model(x))
-
-
-def assert_equal_features(folded: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
-    found, expected = folded(x), model(x)
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        found, expected = found.values(), expected.values()
-    assert max(map(error, found, expected)) <= 1e-12
 
 
 @kinds
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter'])
 def test_features_only_net_folds(kind, feature_cls):
     model = small(kind, features_only=True, feature_cls=feature_cls).double()
-    folded = fold(model)
+    folded = assert_folds(model, noise())
     assert len(norms(folded)) < len(norms(model))
     assert {name.rpartition('.')[2] for name in norms(folded)} <= {*KEPT[kind], 'norm'}
-    assert_equal_features(folded, model, torch.randn(2, 3, 64, 64, dtype=torch.double))
 
 
 @pytest.mark.parametrize('stem_type', ['', 'deep'])
 @pytest.mark.parametrize('flatten', [False, True])
 @pytest.mark.parametrize('wrapper', [FeatureListNet, FeatureDictNet, FeatureHookNet])
 def test_every_batch_norm_of_a_net_that_timm_takes_apart_folds(wrapper, flatten, stem_type):
-    model = wrapper(create('sharesnet50', stem_type=stem_type, **SHALLOW), flatten_sequential=flatten).double().eval()
-    folded = fold(model)
-    assert norms(model) and not norms(folded)
-    assert_equal_features(folded, model, torch.randn(2, 3, 64, 64, dtype=torch.double))
+    model = wrapper(create('sharesnet50', stem_type=stem_type, **SHALLOW), flatten_sequential=flatten)
+    assert_every_norm_folds(model.double().eval(), noise())
+
+
+class Both(nn.ModuleList):
+    """A net that gives a tensor, and one that gives a list."""
+
+    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+        return [self[0](x), *self[1](x)]
 
 
 def test_net_that_is_there_whole_and_taken_apart_folds_once():
     whole = create('resnet26d')
-
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.whole, self.parts = whole, FeatureListNet(whole)
-
-        def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
-            return [self.whole(x), *self.parts(x)]
-
-    model = Both().double().eval()
-    folded = fold(model)
-    assert norms(model) and not norms(folded)
-    assert_equal_features(folded, model, torch.randn(1, 3, 64, 64, dtype=torch.double))
+    assert_every_norm_folds(Both([whole, FeatureListNet(whole)]).double().eval(), noise(1))
 
 
 class NormFirst(nn.Module):
@@ -503,23 +500,11 @@ OTHERS: Dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize('other', OTHERS)
 def test_net_of_another_kind_in_the_same_model_computes_the_same(other):
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.other, self.net = OTHERS[other](), small('bottleneck')
-
-        def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
-            return [*self.other(x), self.net(x)]
-
-    model = Pair().double().eval()
-    with torch.no_grad():
-        for m in model.other.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                for t in m.weight, m.bias, m.running_mean, m.running_var:
-                    t.uniform_(0.5, 1.5)
-    folded = fold(model)
-    assert not norms(folded.net)
-    assert_equal_features(folded, model, torch.randn(2, 3, 64, 64, dtype=torch.double))
+    model = Both([small('bottleneck'), OTHERS[other]()]).double().eval()
+    for norm in batch_norms(model[1]):
+        for t in norm.weight, norm.bias, norm.running_mean, norm.running_var:
+            t.uniform_(0.5, 1.5)
+    assert not norms(assert_folds(model, noise())[0])
 
 
 @kinds
@@ -533,10 +518,8 @@ def test_net_taken_apart_into_a_graph_is_refused(kind):
 @kinds
 def test_stage_folds_by_itself(kind):
     stage = small(kind).double().layer1
-    folded = fold(stage)
+    folded = assert_folds(stage, torch.randn(2, stage.blocks[0].conv1.in_channels, 8, 8, dtype=torch.double))
     assert len(norms(folded)) < len(norms(stage))
-    x = torch.randn(2, stage.blocks[0].conv1.in_channels, 8, 8, dtype=torch.double)
-    assert_equal_outputs(folded, stage, x)
 
 
 @kinds
@@ -544,9 +527,7 @@ def test_stage_folds_by_itself(kind):
 def test_net_within_a_model_folds(kind, net):
     model = net(kind).double()
     detector = nn.Sequential(model, nn.BatchNorm1d(10), nn.Linear(10, 2)).double().eval()
-    folded = fold(detector)
-    assert norms(folded[0]) == norms(fold(model))
-    assert_equal_outputs(folded, detector, images(model))
+    assert norms(assert_folds(detector, images(model))[0]) == norms(fold(model))
 
 
 @kinds
@@ -555,27 +536,23 @@ def test_net_within_a_model_folds(kind, net):
 def test_synchronized_and_frozen_batch_norms_fold(kind, net, convert):
     model = convert(net(kind).double()).eval()
     assert not any(type(m) is nn.BatchNorm2d for m in model.modules())
-    folded = fold(model)
-    assert {name.rpartition('.')[2] for name in norms(folded)} == set(KEPT[kind])
-    assert_equal_outputs(folded, model, images(model))
+    assert {name.rpartition('.')[2] for name in norms(assert_folds(model))} == set(KEPT[kind])
 
 
 @kinds
 @nets_twins_slow
 def test_batch_norms_without_weights_fold(kind, net):
     model = net(kind).double()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.weight = m.bias = None
-    assert_equal_outputs(fold(model), model, images(model))
+    for norm in batch_norms(model):
+        norm.weight = norm.bias = None
+    assert_folds(model)
 
 
 @kinds
 def test_batch_norms_without_statistics_stay(kind):
     model = small(kind).double()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.track_running_stats, m.running_mean, m.running_var = False, None, None
+    for norm in batch_norms(model):
+        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
     folded = fold(model)
     assert norms(folded) == norms(model)
     assert torch.equal(folded(images(model)), model(images(model)))
@@ -635,7 +612,7 @@ def test_addition_to_a_block_s_own_layer_keeps_its_effect(kind, name, addition):
     before = model(x)
     add(addition, model, f'layer1.blocks.1.{name}'.rstrip('.'))
     assert error(model(x), before) > 1e-3
-    assert_equal_outputs(fold(model), model, x)
+    assert_folds(model, x)
 
 
 @kinds
