@@ -5,6 +5,7 @@ zero. `create` therefore gives every batch norm weights and statistics that are 
 """
 
 import re
+from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import pytest
@@ -12,6 +13,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import BlurPool2d
+from timm.models import save_for_hf
 
 from timm_sharesnet import SharingBlock
 
@@ -104,6 +106,12 @@ def small(kind: str, **kwargs: Any) -> nn.Module:
     if kwargs.get('features_only'):
         kwargs.pop('num_classes', None)
     return create(name, **kwargs)
+
+
+def through_folder(model: nn.Module, folder: Path, **model_args: Any) -> nn.Module:
+    """What timm loads from a folder in the Hub's format, written with these arguments."""
+    save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
+    return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
 
 
 def images(model: nn.Module, n: int = 2) -> torch.Tensor:

@@ -4,7 +4,7 @@ import struct
 import sys
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def net(**kwargs: Any) -> torch.nn.Module:
         (['x/animals/test/a.png', 'x/things/b.png'], 'x'),
     ],
 )
-def test_images_are_those_of_the_folder_or_of_train_below_it(folder: Path, names: List[str], taken: str) -> None:
+def test_images_are_those_of_the_folder_or_of_train_below_it(folder, names, taken):
     save(*names)
     images = FolderImages('x', net())
     expected = [name for name in names if name.startswith(f'{taken}/')]
@@ -72,7 +72,7 @@ def test_images_are_those_of_the_folder_or_of_train_below_it(folder: Path, names
 
 
 @pytest.mark.parametrize('named', ['imagenet/val', 'imagenet/val/', 'imagenet/./val', '{}/imagenet/val'])
-def test_a_split_that_is_named_is_taken(folder: Path, named: str) -> None:
+def test_a_split_that_is_named_is_taken(folder, named):
     save('imagenet/train/cat/a.png', 'imagenet/val/cat/b.png', 'imagenet/val/dog/c.png')
     assert len(FolderImages(named.format(folder), net())) == 2
 
@@ -86,14 +86,14 @@ def test_a_split_that_is_named_is_taken(folder: Path, named: str) -> None:
         (['x/extra/a.png', 'x/validation/cat/b.png'], 'validation'),
     ],
 )
-def test_splits_without_train_are_not_taken_silently(folder: Path, names: List[str], there: str) -> None:
+def test_splits_without_train_are_not_taken_silently(folder, names, there):
     save(*names)
     Path('x/devkit').mkdir()
     with pytest.raises(CommandError, match=f'x has {there} and no train: name the folder whose images to take'):
         FolderImages('x', net())
 
 
-def test_no_images_are_said_so(folder: Path) -> None:
+def test_no_images_are_said_so(folder):
     Path('empty').mkdir()
     Path('file.png').touch()
     for name in 'empty', 'none', 'file.png', '':
@@ -104,7 +104,7 @@ def test_no_images_are_said_so(folder: Path) -> None:
         FolderImages('x', net())
 
 
-def test_images_are_spread_at_equal_distances_and_none_is_taken_twice(folder: Path) -> None:
+def test_images_are_spread_at_equal_distances_and_none_is_taken_twice(folder):
     save(*(f'x/{i}.png' for i in range(10)))
     images = FolderImages('x', net())
     assert images.spread(4) == [0, 2, 5, 7]
@@ -115,7 +115,7 @@ def test_images_are_spread_at_equal_distances_and_none_is_taken_twice(folder: Pa
 # ---- How they are read
 
 
-def test_batches_are_read_when_it_is_their_turn_the_same_each_time(folder: Path) -> None:
+def test_batches_are_read_when_it_is_their_turn_the_same_each_time(folder):
     save(*(f'x/{i}.png' for i in range(120)))
     images = FolderImages('x', net())
     batches = images.batches(range(110))
@@ -131,7 +131,7 @@ def test_batches_are_read_when_it_is_their_turn_the_same_each_time(folder: Path)
         next(iterator)
 
 
-def test_a_net_of_one_channel_gets_grey_images_normalized_by_the_average(folder: Path) -> None:
+def test_a_net_of_one_channel_gets_grey_images_normalized_by_the_average(folder):
     save('x/a.png')
     model = net(in_chans=1)
     image = FolderImages('x', model)[0]
@@ -141,7 +141,7 @@ def test_a_net_of_one_channel_gets_grey_images_normalized_by_the_average(folder:
     assert model(image[None]).shape == (1, 10)
 
 
-def test_grey_images_and_those_with_a_palette_fit_a_net_of_three_channels(folder: Path) -> None:
+def test_grey_images_and_those_with_a_palette_fit_a_net_of_three_channels(folder):
     Path('x').mkdir()
     for mode in 'L', 'P', 'RGBA', '1', 'CMYK':
         load_images()[0][0].convert(mode).save(f'x/{mode}.{"jpg" if mode == "CMYK" else "png"}')
@@ -150,13 +150,13 @@ def test_grey_images_and_those_with_a_palette_fit_a_net_of_three_channels(folder
 
 
 @pytest.mark.parametrize('channels', [2, 4])
-def test_other_channels_are_refused(folder: Path, channels: int) -> None:
+def test_other_channels_are_refused(folder, channels):
     save('x/a.png')
     with pytest.raises(CommandError, match=f'images of a folder are grey or RGB, the net takes {channels} channels'):
         FolderImages('x', net(in_chans=channels))
 
 
-def test_size_replaces_the_model_s(folder: Path) -> None:
+def test_size_replaces_the_model_s(folder):
     save('x/a.png')
     assert FolderImages('x', net(), (3, 48, 40))[0].shape == (3, 48, 40)
 
@@ -183,9 +183,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize('name,damage', [(name, damage) for name in DAMAGES for damage in DAMAGES[name]])
-def test_an_image_that_cannot_be_read_is_named_and_not_skipped(
-    folder: Path, name: str, damage: Callable[[Path], Any]
-) -> None:
+def test_an_image_that_cannot_be_read_is_named_and_not_skipped(folder, name, damage):
     save('x/0.png', name, 'x/2.png')
     damage(Path(name))
     with pytest.raises(CommandError) as error:
@@ -211,14 +209,14 @@ def command(request: pytest.FixtureRequest, folder: Path) -> Callable[..., int]:
     return run
 
 
-def test_commands_take_train_alone_and_say_so(command: Callable[..., int], capsys: Any) -> None:
+def test_commands_take_train_alone_and_say_so(command, capsys):
     save(*(f'x/train/{i}.png' for i in range(4)), 'x/val/a.png')
     Path('x/val/a.png').write_bytes(b'not to be read')
     assert command() == 0
     assert ' on 3 of 4 images of x/train\n' in capsys.readouterr().out
 
 
-def test_commands_calibrate_nets_of_one_channel(command: Callable[..., int]) -> None:
+def test_commands_calibrate_nets_of_one_channel(command):
     save('x/a.png', 'x/b.png')
     assert command(in_chans=1) == 0
 
@@ -232,14 +230,7 @@ def test_commands_calibrate_nets_of_one_channel(command: Callable[..., int]) -> 
         (['x/a.png', 'x/truncated.jpg'], {}, 'x/truncated.jpg cannot be read: image file is truncated'),
     ],
 )
-def test_commands_refuse_in_one_line_and_leave_nothing(
-    folder: Path,
-    command: Callable[..., int],
-    capsys: Any,
-    names: List[str],
-    kwargs: Dict[str, int],
-    message: str,
-) -> None:
+def test_commands_refuse_in_one_line_and_leave_nothing(folder, command, capsys, names, kwargs, message):
     save(*names)
     for path in folder.glob('x/damaged.png'):
         path.write_bytes(b'no image')
@@ -252,9 +243,7 @@ def test_commands_refuse_in_one_line_and_leave_nothing(
 
 
 @pytest.mark.parametrize('error', [SafetensorError('I/O error: No space left on device'), OSError()])
-def test_share_says_what_is_wrong_with_its_output(
-    folder: Path, capsys: Any, monkeypatch: Any, error: Exception
-) -> None:
+def test_share_says_what_is_wrong_with_its_output(folder, capsys, monkeypatch, error):
     def save_nothing(*_: Any, **__: Any) -> None:
         raise error
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from additions import add
-from models import RUNS, SMALL, images, shared_name, small, unshared
+from models import RUNS, SMALL, batch_norms, images, shared_name, small, through_folder, unshared
+from plain_nets import stages
 from safetensors.torch import load_file, save_file
-from timm.models import checkpoint_seq, save_for_hf
+from timm.models import checkpoint_seq
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch.func import functional_call
@@ -89,7 +90,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
     x = images(model, 4)
     plain = loss_and_gradients(model, x)
     model.set_grad_checkpointing()
-    assert all(m.grad_checkpointing for m in model.modules() if isinstance(m, SharedStage))
+    assert all(stage.grad_checkpointing for stage in stages(model))
     torch.testing.assert_close(loss_and_gradients(model, x), plain, rtol=1e-12, atol=0)
 
 
@@ -99,13 +100,12 @@ def test_runs_in_half_precision_and_channels_last(kind, dtype):
     x = images(model)
     expected = model(x)
     half = copy.deepcopy(model).to(dtype=dtype, memory_format=torch.channels_last)
-    output = half(x.to(dtype=dtype, memory_format=torch.channels_last))
-    assert output.dtype == dtype
-    assert F.cosine_similarity(output.float(), expected).min() > 0.99
+    outputs = [half(x.to(dtype=dtype, memory_format=torch.channels_last))]
     with torch.autocast('cpu', dtype):
-        output = model(x)
-    assert output.dtype == dtype
-    assert F.cosine_similarity(output.float(), expected).min() > 0.99
+        outputs.append(model(x))
+    for output in outputs:
+        assert output.dtype == dtype
+        assert F.cosine_similarity(output.float(), expected).min() > 0.99
 
 
 # ---- One tensor, one name
@@ -121,11 +121,8 @@ def test_safetensors_and_hub_format_take_the_state_dict_as_it_is(kind, tmp_path)
     model = small(kind)
     save_file(model.state_dict(), tmp_path / 'plain.safetensors')
     assert load_file(tmp_path / 'plain.safetensors').keys() == model.state_dict().keys()
-    name, kwargs = model.made_by
-    save_for_hf(model, str(tmp_path / 'hub'), model_args=kwargs, safe_serialization=True)
-    loaded = timm.create_model(f'local-dir:{tmp_path}/hub', pretrained=True).eval()
     x = images(model)
-    assert torch.equal(loaded(x), model(x))
+    assert torch.equal(through_folder(model, tmp_path / 'hub', **model.made_by[1])(x), model(x))
 
 
 @pytest.mark.parametrize('ema_class', [ModelEmaV2, ModelEmaV3])
@@ -221,9 +218,8 @@ def test_layer_decay_puts_the_shared_convolution_with_the_first_block_of_its_sta
 
 def test_frozen_blocks_leave_the_shared_convolution_trainable(kind):
     model = small(kind).train()
-    for m in model.modules():
-        if isinstance(m, SharedStage):
-            m.blocks.requires_grad_(False)
+    for stage in stages(model):
+        stage.blocks.requires_grad_(False)
     model(images(model, 4)).sum().backward()
     assert all(model.get_submodule(name).weight.grad is not None for name in uses_by_name(model))
 
@@ -232,19 +228,16 @@ def test_sync_batch_norm_replaces_every_batch_norm(kind):
     model = small(kind)
     x = images(model)
     sync = timm.layers.convert_sync_batchnorm(copy.deepcopy(model))
-    kinds = Counter(type(m).__name__ for m in sync.modules())
-    assert kinds['BatchNorm2d'] == 0
-    assert kinds['SyncBatchNorm'] == Counter(type(m).__name__ for m in model.modules())['BatchNorm2d']
+    assert not batch_norms(sync)
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in sync.modules()) == len(batch_norms(model))
     assert sync.state_dict().keys() == model.state_dict().keys()
     torch.testing.assert_close(sync(x), model(x))
 
 
 def test_features_only_gives_the_intermediates(kind):
     model = small(kind)
-    name, kwargs = model.made_by
-    x = images(model)
-    backbone = timm.create_model(name, features_only=True, **{k: v for k, v in kwargs.items() if k != 'num_classes'})
-    backbone.eval().load_state_dict({k: v for k, v in model.state_dict().items()}, strict=False)
+    x, backbone = images(model), small(kind, features_only=True)
+    backbone.load_state_dict(model.state_dict(), strict=False)
     features = backbone(x)
     final, intermediates = model.forward_intermediates(x)
     assert [f.shape[1] for f in features] == backbone.feature_info.channels()
@@ -289,9 +282,9 @@ def test_a_block_without_a_convolution_says_whose_it_needs(kind):
 def test_timm_s_checkpointing_of_flattened_stages_cannot_run_blocks_without_the_shared_convolution(kind):
     model = small(kind)
     x = model.layer1(model.forward_intermediates(images(model), intermediates_only=True)[0])
-    for stages in [model.layer2], [model.layer2, model.layer3]:
+    for sequence in [model.layer2], [model.layer2, model.layer3]:
         with pytest.raises(RuntimeError, match="The 3x3 of this block is its stage's"):
-            checkpoint_seq(stages, x, flatten=True)
+            checkpoint_seq(sequence, x, flatten=True)
     twin = unshared(model)  # each block has its own, as in a stage that shares nothing
     if isinstance(twin.layer2, SharedStage):
         torch.testing.assert_close(checkpoint_seq([twin.layer2], x, flatten=True), twin.layer2(x))
