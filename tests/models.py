@@ -6,7 +6,7 @@ zero. `create` therefore gives every batch norm weights and statistics that are 
 
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple, Union
 
 import pytest
 import timm
@@ -108,9 +108,14 @@ def small(kind: str, **kwargs: Any) -> nn.Module:
     return create(name, **kwargs)
 
 
-def through_folder(model: nn.Module, folder: Path, **model_args: Any) -> nn.Module:
-    """What timm loads from a folder in the Hub's format, written with these arguments."""
+def save_folder(model: nn.Module, folder: Union[str, Path], **model_args: Any) -> None:
+    """Write a folder in the Hub's format, whose net is built with these arguments."""
     save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
+
+
+def through_folder(model: nn.Module, folder: Union[str, Path], **model_args: Any) -> nn.Module:
+    """What timm loads from such a folder."""
+    save_folder(model, folder, **model_args)
     return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
 
 

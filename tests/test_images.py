@@ -4,16 +4,15 @@ import struct
 import sys
 import zlib
 from pathlib import Path
-from typing import Any, Callable
 
 import numpy as np
 import pytest
 import timm
 import torch
 from demo import load_images
+from models import save_folder
 from PIL import Image
 from safetensors import SafetensorError
-from timm.models import save_for_hf
 from torch.utils.data import DataLoader
 
 from timm_sharesnet.cli import CommandError
@@ -23,20 +22,20 @@ from timm_sharesnet.sharing.__main__ import main as share_main
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     """Working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def save(*names: str) -> None:
+def save(*names):
     """Write an image of our own to each file, the first to the first."""
     for name, image in zip(names, load_images()[0], strict=False):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         image.save(name)
 
 
-def net(**kwargs: Any) -> torch.nn.Module:
+def net(**kwargs):
     torch.manual_seed(0)
     return timm.create_model('resnet164_cifar', layers=(2, 3, 3), **kwargs).eval()
 
@@ -161,17 +160,17 @@ def test_size_replaces_the_model_s(folder):
     assert FolderImages('x', net(), (3, 48, 40))[0].shape == (3, 48, 40)
 
 
-def truncate(path: Path) -> None:
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-60])
 
 
-def claim_100_000_pixels_a_side(path: Path) -> None:
+def claim_100_000_pixels_a_side(path):
     data = path.read_bytes()
     header = b'IHDR' + struct.pack('>II', 100_000, 100_000) + data[24:29]
     path.write_bytes(data[:12] + header + struct.pack('>I', zlib.crc32(header)) + data[33:])
 
 
-def link_to_nothing(path: Path) -> None:
+def link_to_nothing(path):
     path.unlink()
     path.symlink_to('nothing')
 
@@ -196,11 +195,11 @@ def test_an_image_that_cannot_be_read_is_named_and_not_skipped(folder, name, dam
 
 
 @pytest.fixture(params=['share', 'export'])
-def command(request: pytest.FixtureRequest, folder: Path) -> Callable[..., int]:
+def command(request, folder):
     """A command on a net with some arguments and the images of `x`."""
 
-    def run(**kwargs: Any) -> int:
-        save_for_hf(net(**kwargs), 'net', model_args={'layers': (2, 3, 3), **kwargs}, safe_serialization=True)
+    def run(**kwargs):
+        save_folder(net(**kwargs), 'net', layers=(2, 3, 3), **kwargs)
         options = ['local-dir:net', '--calibration-dir', 'x', '--calibration-images', '3']
         if request.param == 'share':
             return share_main([*options, '--output', 'out', '--init', 'mean'])
@@ -244,10 +243,10 @@ def test_commands_refuse_in_one_line_and_leave_nothing(folder, command, capsys, 
 
 @pytest.mark.parametrize('error', [SafetensorError('I/O error: No space left on device'), OSError()])
 def test_share_says_what_is_wrong_with_its_output(folder, capsys, monkeypatch, error):
-    def save_nothing(*_: Any, **__: Any) -> None:
+    def save_nothing(*_, **__):
         raise error
 
-    save_for_hf(net(), 'net', model_args={'layers': (2, 3, 3)}, safe_serialization=True)
+    save_folder(net(), 'net', layers=(2, 3, 3))
     monkeypatch.setattr(sys.modules['timm_sharesnet.sharing.__main__'], 'save_folder', save_nothing)
     assert share_main(['local-dir:net', '--output', 'out', '--init', 'mean']) == 2
     assert capsys.readouterr().err == f'share: out: {str(error) or "OSError"}\n'

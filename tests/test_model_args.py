@@ -9,9 +9,8 @@ import timm
 import torch
 import torch.nn as nn
 import yaml
-from models import create, error, images, through_folder
+from models import create, error, images, save_folder, through_folder
 from plain_nets import NARROW, stages
-from timm.models import save_for_hf
 from timm.models.resnet import Bottleneck, ResNet
 
 from timm_sharesnet import CifarResNetV2, PreActWideBasic, share, unshare
@@ -33,7 +32,7 @@ RUNS = [[1, 3], [5, 4, 2]], [[1, 4, 5], [2, 3]]  # tensors of the same names
 def test_saved_runs_are_not_replaced_by_others_of_the_same_names(tmp_path):
     model = create('resnet164_cifar', layers=(1, 1, 6))
     shared = share(model, (0, 0, RUNS[0]), init='mean')
-    save_for_hf(shared, str(tmp_path), safe_serialization=True)
+    save_folder(shared, tmp_path)
     name = f'local-dir:{tmp_path}'
     loaded = timm.create_model(name, pretrained=True, share_rate=(0, 1, [[3, 1], [2, 4, 5]])).eval()
     assert torch.equal(loaded(images(model)), shared(images(model)))
@@ -52,7 +51,7 @@ def test_saved_runs_are_not_replaced_by_others_of_the_same_names(tmp_path):
 def test_a_saved_net_of_several_kernels_loads_as_a_backbone_of_some_stages(tmp_path, indices):
     model = create('sharesnet164_cifar', layers=(5, 5, 5), share_rate=0.5)
     args = model.made_by[1]
-    save_for_hf(model, str(tmp_path), model_args=args, safe_serialization=True)
+    save_folder(model, tmp_path, **args)
     kwargs = dict(pretrained=True, features_only=True, out_indices=indices)
     backbone = timm.create_model(f'local-dir:{tmp_path}', **kwargs).eval()
     expected = model.forward_intermediates(images(model), indices=list(indices), intermediates_only=True)
@@ -90,7 +89,7 @@ def built_by_train_py(line: str) -> nn.Module:
 )
 def test_options_that_the_command_prints_build_what_it_wrote(cwd, capsys, name, kwargs, rate, options):
     model = create(name, **kwargs)
-    save_for_hf(model, 'a net', model_args=kwargs, safe_serialization=True)
+    save_folder(model, 'a net', **kwargs)
     assert main(['local-dir:a net', '--rate', rate, '--init', 'mean', '--output', 'a shared net']) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert options in line and line.endswith("--initial-checkpoint 'a shared net/model.safetensors'")
@@ -155,7 +154,7 @@ def test_checkpoint_of_train_py_is_compared_with_its_args(cwd, capsys, kwargs, a
 
 def test_checkpoint_of_other_runs_than_its_config_says_is_refused(cwd, capsys):
     kwargs = dict(layers=(2, 2, 2), act_layer='silu')
-    save_for_hf(create('resnet164_cifar', **kwargs), 'plain', model_args=kwargs, safe_serialization=True)
+    save_folder(create('resnet164_cifar', **kwargs), 'plain', **kwargs)
     argv = ['resnet164_cifar', '--checkpoint', 'plain/model.safetensors', '--init', 'mean', '--output', 'out']
     assert main([*argv, '--model-kwargs', 'layers=(2,2,2)']) == 2
     err = capsys.readouterr().err
