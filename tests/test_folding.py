@@ -40,6 +40,32 @@ def no_grad():
         yield
 
 
+@pytest.fixture
+def net():
+    return small
+
+
+@pytest.fixture
+def model(kind, net):
+    return net(kind)
+
+
+@pytest.fixture
+def double(model):
+    """The net in double precision."""
+    return model.double()
+
+
+@pytest.fixture
+def folded(model):
+    return fold(model)
+
+
+@pytest.fixture
+def x(model):
+    return images(model)
+
+
 def assert_equal_outputs(folded: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
     """Outputs that are a tensor, several, or several with names."""
     assert x.dtype == torch.double
@@ -97,11 +123,10 @@ def test_folded_net_computes_the_same(kind, net):
 
 @kinds
 @nets
-def test_folded_net_gives_the_same_features(kind, net):
-    model = net(kind).double()
-    folded, x = fold(model), images(model)
-    assert error(folded.forward_features(x), model.forward_features(x)) <= 1e-12
-    found, expected = (net.forward_intermediates(x, intermediates_only=True) for net in (folded, model))
+def test_folded_net_gives_the_same_features(double, net):
+    folded, x = fold(double), images(double)
+    assert error(folded.forward_features(x), double.forward_features(x)) <= 1e-12
+    found, expected = (net.forward_intermediates(x, intermediates_only=True) for net in (folded, double))
     assert len(found) == len(expected) > 3
     assert max(map(error, found, expected)) <= 1e-12
 
@@ -140,11 +165,10 @@ def test_scales_of_any_sign_and_size_fold_exactly(kind, net, scales):
 @kinds
 @nets_twins_slow
 @pytest.mark.parametrize('size', [50, 1e6])
-def test_biases_far_from_zero_fold_exactly(kind, net, size):
-    model = net(kind).double()
-    for norm in batch_norms(model):
+def test_biases_far_from_zero_fold_exactly(double, size):
+    for norm in batch_norms(double):
         norm.bias.mul_(size)
-    assert_folds(model)
+    assert_folds(double)
 
 
 @kinds
@@ -161,8 +185,7 @@ SHRINK = 0.3 / MAX_SHIFT  # scales that just move: shifts of up to the bound, ke
 @kinds
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('scales', ['moved', 'near zero', 'some negative'])
-def test_folded_net_is_as_accurate_as_the_net_in_half_precision(kind, dtype, scales):
-    model = small(kind)
+def test_folded_net_is_as_accurate_as_the_net_in_half_precision(model, kind, dtype, scales):
     if scales == 'moved':
         for norm in norms_after(uses(model)):
             norm.weight.mul_(SHRINK)
@@ -187,15 +210,13 @@ KEPT = {'basic': [], 'bottleneck': [], 'preact': ['bn1', 'norm'], 'wide': ['bn1'
 
 @kinds
 @nets
-def test_only_batch_norms_without_a_convolution_before_them_are_left(kind, net):
-    model = net(kind)
+def test_only_batch_norms_without_a_convolution_before_them_are_left(model, kind):
     expected = [name for name in norms(model) if name.rpartition('.')[2] in KEPT[kind]]
     assert norms(fold(model)) == expected
 
 
 @kinds
-def test_use_of_a_shared_convolution_takes_the_form_of_its_kind_of_block(kind):
-    folded = fold(small(kind))
+def test_use_of_a_shared_convolution_takes_the_form_of_its_kind_of_block(folded, kind):
     assert {form(block) for block in uses(folded)} == FORMS[kind]
 
 
@@ -219,11 +240,10 @@ def set_shift(norm: nn.BatchNorm2d, shift: float) -> None:
     ],
     ids=['negative', 'zero', 'all zero', 'shift', 'negative shift', 'large shift', 'large negative shift'],
 )
-def test_scale_moves_unless_a_channel_is_negative_or_shifts_too_far(kind, change, expected):
-    model = small(kind).double()
-    block = model.layer1.blocks[1]
+def test_scale_moves_unless_a_channel_is_negative_or_shifts_too_far(double, change, expected):
+    block = double.layer1.blocks[1]
     change(getattr(block, norm_name(block)))
-    folded = assert_folds(model)
+    folded = assert_folds(double)
     assert [form(block) for block in uses(folded.layer1)[-2:]] == [expected, 'bias']  # the change is its own
 
 
@@ -246,9 +266,7 @@ def test_constants_of_channels_with_scale_zero_reach_the_output():
 
 
 @kinds
-def test_each_shared_kernel_is_stored_once_as_it_was(kind):
-    model = small(kind)
-    folded = fold(model)
+def test_each_shared_kernel_is_stored_once_as_it_was(model, folded):
     stages = [name for name, m in model.named_modules() if isinstance(m, SharedStage) and m.conv is not None]
     assert len(stages) > 1 and len(uses(folded)) > len(stages)
     for name in stages:
@@ -265,8 +283,7 @@ def test_each_shared_kernel_is_stored_once_as_it_was(kind):
 
 @kinds
 @nets
-def test_each_folded_batch_norm_saves_a_parameter_per_channel(kind, net):
-    model = net(kind)
+def test_each_folded_batch_norm_saves_a_parameter_per_channel(model, kind, net):
     stay = KEPT[kind] + (['bn2'] if kind == 'basic' and net is small else [])  # bn2: depthwise, weight and bias
     channels = {name: len(m.weight) for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     saved = sum(n for name, n in channels.items() if name.rpartition('.')[2] not in stay)
@@ -278,8 +295,7 @@ def test_each_folded_batch_norm_saves_a_parameter_per_channel(kind, net):
 
 @kinds
 @nets
-def test_model_is_not_changed(kind, net):
-    model = net(kind)
+def test_model_is_not_changed(model):
     before, names = copy.deepcopy(model.state_dict()), norms(model)
     fold(model)
     assert norms(model) == names
@@ -288,9 +304,7 @@ def test_model_is_not_changed(kind, net):
 
 @kinds
 @nets_twins_slow
-def test_folded_net_shares_no_memory_with_the_model(kind, net):
-    model = net(kind)
-    folded, x = fold(model), images(model)
+def test_folded_net_shares_no_memory_with_the_model(model, folded, x):
     before = folded(x)
     for t in model.state_dict().values():
         t.zero_()
@@ -299,8 +313,7 @@ def test_folded_net_shares_no_memory_with_the_model(kind, net):
 
 @kinds
 @nets_twins_slow
-def test_folding_twice_changes_nothing(kind, net):
-    folded = fold(net(kind))
+def test_folding_twice_changes_nothing(folded):
     torch.testing.assert_close(fold(folded).state_dict(), folded.state_dict(), rtol=0, atol=0)
 
 
@@ -348,8 +361,7 @@ def test_state_dict_loads_strictly_into_any_folded_net(kind, saved, fresh, tmp_p
 
 
 @kinds
-def test_state_dict_loads_into_the_folded_net_that_timm_creates(kind):
-    folded = fold(small(kind))
+def test_state_dict_loads_into_the_folded_net_that_timm_creates(folded):
     name, kwargs = folded.made_by
     loaded = fold(timm.create_model(name, **kwargs).eval())  # timm's last batch norms have scale zero
     loaded.load_state_dict(folded.state_dict(), strict=True)
@@ -358,8 +370,7 @@ def test_state_dict_loads_into_the_folded_net_that_timm_creates(kind):
 
 @kinds
 @pytest.mark.parametrize('assign', [False, True])
-def test_state_dict_keeps_the_type_of_the_net_that_loads_it(kind, assign):
-    folded = fold(small(kind))
+def test_state_dict_keeps_the_type_of_the_net_that_loads_it(folded, kind, assign):
     loaded = fold(other_form(kind).double())
     loaded.load_state_dict(folded.state_dict(), assign=assign)
     dtype = torch.float if assign else torch.double
@@ -369,9 +380,7 @@ def test_state_dict_keeps_the_type_of_the_net_that_loads_it(kind, assign):
 
 @kinds
 @nets_twins_slow
-def test_state_dicts_of_folded_and_unfolded_nets_are_not_confused(kind, net):
-    model = net(kind)
-    folded = fold(model)
+def test_state_dicts_of_folded_and_unfolded_nets_are_not_confused(model, folded):
     for target, source in (folded, model), (model, folded):
         with pytest.raises(RuntimeError, match='Missing key'):
             copy.deepcopy(target).load_state_dict(source.state_dict())
@@ -383,9 +392,7 @@ CLONES = {'deepcopy': copy.deepcopy, 'pickle': lambda model: pickle.loads(pickle
 @kinds
 @nets_twins_slow
 @pytest.mark.parametrize('clone', CLONES.values(), ids=CLONES)
-def test_folded_net_can_be_copied_and_pickled(kind, net, clone):
-    folded = fold(net(kind))
-    x = images(folded)
+def test_folded_net_can_be_copied_and_pickled(folded, x, clone):
     assert torch.equal(clone(folded)(x), folded(x))
 
 
@@ -524,10 +531,9 @@ def test_stage_folds_by_itself(kind):
 
 @kinds
 @nets
-def test_net_within_a_model_folds(kind, net):
-    model = net(kind).double()
-    detector = nn.Sequential(model, nn.BatchNorm1d(10), nn.Linear(10, 2)).double().eval()
-    assert norms(assert_folds(detector, images(model))[0]) == norms(fold(model))
+def test_net_within_a_model_folds(double):
+    detector = nn.Sequential(double, nn.BatchNorm1d(10), nn.Linear(10, 2)).double().eval()
+    assert norms(assert_folds(detector, images(double))[0]) == norms(fold(double))
 
 
 @kinds
@@ -541,38 +547,34 @@ def test_synchronized_and_frozen_batch_norms_fold(kind, net, convert):
 
 @kinds
 @nets_twins_slow
-def test_batch_norms_without_weights_fold(kind, net):
-    model = net(kind).double()
-    for norm in batch_norms(model):
+def test_batch_norms_without_weights_fold(double):
+    for norm in batch_norms(double):
         norm.weight = norm.bias = None
-    assert_folds(model)
+    assert_folds(double)
 
 
 @kinds
-def test_batch_norms_without_statistics_stay(kind):
-    model = small(kind).double()
-    for norm in batch_norms(model):
+def test_batch_norms_without_statistics_stay(double):
+    for norm in batch_norms(double):
         norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
-    folded = fold(model)
-    assert norms(folded) == norms(model)
-    assert torch.equal(folded(images(model)), model(images(model)))
+    folded = fold(double)
+    assert norms(folded) == norms(double)
+    assert torch.equal(folded(images(double)), double(images(double)))
 
 
 @kinds
 @nets
-def test_timm_s_reparameterize_model_gives_the_same_function(kind, net):
-    model = net(kind).double()
-    found = reparameterize_model(model)
+def test_timm_s_reparameterize_model_gives_the_same_function(double, net):
+    found = reparameterize_model(double)
     if net is small:
-        assert set(norms(found)) == {*norms(fold(model)), *(['bn1'] if 'bn1' in norms(model) else [])}
-    assert_equal_outputs(found, model, images(model))
+        assert set(norms(found)) == {*norms(fold(double)), *(['bn1'] if 'bn1' in norms(double) else [])}
+    assert_equal_outputs(found, double, images(double))
 
 
 @kinds
-def test_timm_s_scripts_may_reparameterize_before_they_call_eval(kind):
-    model = small(kind).double()
-    found = reparameterize_model(copy.deepcopy(model).train()).eval()
-    assert_equal_outputs(found, model, images(model))
+def test_timm_s_scripts_may_reparameterize_before_they_call_eval(double):
+    found = reparameterize_model(copy.deepcopy(double).train()).eval()
+    assert_equal_outputs(found, double, images(double))
 
 
 # ---- What was added to the net
@@ -580,8 +582,7 @@ def test_timm_s_scripts_may_reparameterize_before_they_call_eval(kind):
 
 @kinds
 @pytest.mark.parametrize('addition', ADDITIONS)
-def test_addition_to_a_shared_convolution_is_refused_with_the_cure(kind, addition):
-    model = small(kind)
+def test_addition_to_a_shared_convolution_is_refused_with_the_cure(model, kind, addition):
     add(addition, model, 'layer2.conv' if kind == 'preact' else 'layer1.conv')
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match='merge or remove'):
@@ -606,30 +607,27 @@ OF = {
     'kind,name,addition',
     [(kind, name, a) for kind, name in LAYERS for a in ADDITIONS if name.startswith(OF.get(a, ''))],
 )
-def test_addition_to_a_block_s_own_layer_keeps_its_effect(kind, name, addition):
-    model = small(kind).double()
-    x = images(model)
-    before = model(x)
-    add(addition, model, f'layer1.blocks.1.{name}'.rstrip('.'))
-    assert error(model(x), before) > 1e-3
-    assert_folds(model, x)
+def test_addition_to_a_block_s_own_layer_keeps_its_effect(double, name, addition):
+    x = images(double)
+    before = double(x)
+    add(addition, double, f'layer1.blocks.1.{name}'.rstrip('.'))
+    assert error(double(x), before) > 1e-3
+    assert_folds(double, x)
 
 
 @kinds
 @pytest.mark.parametrize('addition', ADDITIONS)
-def test_addition_to_the_shared_convolution_of_a_folded_net_reaches_every_use(kind, addition):
-    model = small(kind).double()
-    folded, x = fold(model), images(model)
-    before = model(x)
-    for net in model, folded:
+def test_addition_to_the_shared_convolution_of_a_folded_net_reaches_every_use(double, addition):
+    folded, x = fold(double), images(double)
+    before = double(x)
+    for net in double, folded:
         add(addition, net, 'layer1.conv')
-    assert error(model(x), before) > 1e-3
-    assert_equal_outputs(folded, model, x)
+    assert error(double(x), before) > 1e-3
+    assert_equal_outputs(folded, double, x)
 
 
 @kinds
-def test_hook_on_the_shared_convolution_of_a_folded_net_sees_every_use(kind):
-    folded = fold(small(kind))
+def test_hook_on_the_shared_convolution_of_a_folded_net_sees_every_use(folded):
     calls: List[int] = []
     folded.layer1.conv.register_forward_hook(lambda *_: calls.append(1))
     folded(images(folded))
@@ -680,8 +678,7 @@ def test_folded_net_that_runs_so_has_both_forms(kind):
 
 
 @kinds
-def test_exported_folded_net_has_no_operation_that_folding_should_have_saved(kind):
-    folded = fold(small(kind))
+def test_exported_folded_net_has_no_operation_that_folding_should_have_saved(folded):
     program = torch.export.export(folded, (images(folded),))
     count = Counter(str(node.target) for node in program.graph.nodes if node.op == 'call_function')
     assert count['aten.batch_norm.default'] == len(norms(folded))
@@ -700,8 +697,7 @@ def test_training_mode_is_refused(kind, net):
 
 @kinds
 @nets
-def test_single_layer_in_training_mode_is_refused_by_name(kind, net):
-    model = net(kind)
+def test_single_layer_in_training_mode_is_refused_by_name(model):
     name = norms(model)[3]
     model.get_submodule(name).train()
     with pytest.raises(ValueError, match=f'{name} is in training mode'):
