@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from plain_nets import batch_norms
 from timm.layers import BlurPool2d
 from timm.models import save_for_hf
 
@@ -126,10 +127,6 @@ def images(model: nn.Module, n: int = 2) -> torch.Tensor:
     return torch.randn(n, chans, 32, 32, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
 
 
-def batch_norms(model: nn.Module) -> List[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-
-
 def uses(model: nn.Module) -> List[SharingBlock]:
     """The blocks that use the convolution of their stage."""
     return [m for m in model.modules() if isinstance(m, SharingBlock) and m.conv2 is None]
@@ -146,15 +143,23 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-def twin_args(kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """Architecture arguments of the twin."""
-    return {k: v for k, v in kwargs.items() if k != 'share_rate'}
+def assert_equal_outputs(found: nn.Module, expected: nn.Module, x: torch.Tensor) -> None:
+    """Two nets of double precision compute the same: a tensor, several, or several with names."""
+    assert x.dtype == torch.double
+    with torch.no_grad():
+        outputs, others = found(x), expected(x)
+    if isinstance(others, torch.Tensor):
+        outputs, others = [outputs], [others]
+    if isinstance(others, dict):
+        assert outputs.keys() == others.keys()
+        outputs, others = outputs.values(), others.values()
+    assert len(outputs) == len(others) and max(map(error, outputs, others)) <= 1e-12
 
 
 def unshared(model: nn.Module) -> nn.Module:
     """The plain twin that computes the same: each block has a copy of the convolution that it shares in `model`."""
     name, kwargs = model.made_by
-    twin = timm.create_model(TWINS[name], **twin_args(kwargs))
+    twin = timm.create_model(TWINS[name], **{k: v for k, v in kwargs.items() if k != 'share_rate'})
     state_dict = model.state_dict()
     twin.load_state_dict({k: state_dict[shared_name(k, state_dict)] for k in twin.state_dict()})
     return twin.to(next(model.parameters()).dtype).train(model.training)

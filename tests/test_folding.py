@@ -10,7 +10,8 @@ import timm
 import torch
 import torch.nn as nn
 from additions import ADDITIONS, add
-from models import SHALLOW, SMALL, VARIANTS, batch_norms, create, error, images, kinds, small, unshared, uses
+from models import SHALLOW, SMALL, VARIANTS, assert_equal_outputs, create, error, images, kinds, small, unshared, uses
+from plain_nets import batch_norms
 from safetensors.torch import load_file, save_file
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
@@ -64,18 +65,6 @@ def folded(model):
 @pytest.fixture
 def x(model):
     return images(model)
-
-
-def assert_equal_outputs(folded: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
-    """Outputs that are a tensor, several, or several with names."""
-    assert x.dtype == torch.double
-    found, expected = folded(x), model(x)
-    if isinstance(expected, torch.Tensor):
-        found, expected = [found], [expected]
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        found, expected = found.values(), expected.values()
-    assert len(found) == len(expected) and max(map(error, found, expected)) <= 1e-12
 
 
 def assert_folds(model: nn.Module, x: Optional[torch.Tensor] = None) -> nn.Module:

@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from models import batch_norms, create, error
-from plain_nets import NARROW, PLAIN, noise, stages
+from models import create, error
+from plain_nets import NARROW, PLAIN, batch_norms, noise, stages
 from timm.utils.model import freeze_batch_norm_2d
 
 from timm_sharesnet import share, unshare
@@ -106,8 +106,7 @@ def test_statistics_are_those_of_the_images():
     with torch.no_grad():
         for batch in batches:
             expected(batch)
-    for name, value in shared.state_dict().items():
-        torch.testing.assert_close(value, expected.state_dict()[name], msg=name)
+    torch.testing.assert_close(shared.state_dict(), expected.state_dict())
     assert all(norm.momentum == 0.1 and not norm.training for norm in batch_norms(shared))
 
 
@@ -149,10 +148,7 @@ def test_images_count_the_same_in_batches_of_any_size():
         ([torch.randn(3, 32, 32)], r'shape \(3, 32, 32\)'),
         ([torch.randn(8, 1, 32, 32)], r'shape \(8, 1, 32, 32\)'),
         ([torch.full((8, 3, 32, 32), float('nan'))], 'batch 0 has values that are not finite'),
-        (
-            [torch.randn(4, 3, 32, 32), torch.full((1, 3, 32, 32), float('inf'))],
-            'batch 1 has values that are not finite',
-        ),
+        ([torch.randn(4, 3, 32, 32), torch.full((1, 3, 32, 32), torch.inf)], 'batch 1 has values that are not finite'),
         ([torch.randn(0, 3, 32, 32)], 'images is empty'),
         (iter([torch.randn(0, 3, 32, 32)] * 2), 'images is empty'),
     ],
@@ -225,8 +221,7 @@ def test_synchronised_batch_norms_are_refitted_and_frozen_ones_noted():
     expected = share(model, 1.0, 'mean', batches)
     synchronised = share(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)), 1.0, 'mean', batches)
     assert type(synchronised.layer1[0].bn3) is nn.SyncBatchNorm
-    for name, value in synchronised.state_dict().items():
-        torch.testing.assert_close(value, expected.state_dict()[name], msg=name)
+    torch.testing.assert_close(synchronised.state_dict(), expected.state_dict())
     assert 'SyncBatchNorm' not in str(synchronised.share_report)  # it is built again as the same net
     frozen = freeze_batch_norm_2d(copy.deepcopy(model))
     report = str(share(frozen, 1.0, 'mean', batches).share_report)

@@ -11,8 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from additions import add
-from models import RUNS, SMALL, batch_norms, images, shared_name, small, through_folder, unshared
-from plain_nets import stages
+from models import RUNS, SMALL, images, shared_name, small, through_folder, unshared
+from plain_nets import batch_norms, stages
 from safetensors.torch import load_file, save_file
 from timm.models import checkpoint_seq
 from timm.optim import param_groups_layer_decay

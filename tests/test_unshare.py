@@ -8,22 +8,9 @@ import timm
 import torch
 import torch.nn as nn
 from additions import add
-from models import (
-    SHALLOW,
-    SMALL,
-    TWINS,
-    VARIANTS,
-    batch_norms,
-    create,
-    error,
-    images,
-    kinds,
-    small,
-    through_folder,
-    twin_args,
-    unshared,
-)
-from plain_nets import stages
+from models import SHALLOW, SMALL, TWINS, VARIANTS, assert_equal_outputs, create, error, images, kinds, small, unshared
+from plain_nets import batch_norms, stages
+from timm.models import save_for_hf
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from timm_sharesnet import CifarResNetV2, PreActBottleneck, PreActWideBasic, fold, unshare
@@ -34,12 +21,6 @@ CLASSES = {
     'preact': (CifarResNetV2, PreActBottleneck),
     'wide': (CifarResNetV2, PreActWideBasic),
 }
-
-
-def assert_equal_outputs(plain: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
-    assert x.dtype == torch.double
-    with torch.no_grad():
-        assert error(plain(x), model(x)) <= 1e-12
 
 
 def blocks(model: nn.Module) -> List[nn.Module]:
@@ -134,7 +115,8 @@ def test_config_names_the_twin_and_keeps_the_rest_but_the_weights(kind):
 def test_saved_plain_net_is_loaded_by_timm_as_the_twin(kind, tmp_path):
     model = with_sources(small(kind))
     plain = unshare(model)
-    loaded = through_folder(plain, tmp_path, **model.made_by[1])
+    save_for_hf(plain, str(tmp_path), model_args=model.made_by[1], safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert type(loaded) is CLASSES[kind][0]
     assert loaded.pretrained_cfg['architecture'] == TWINS[SMALL[kind][0]]
     assert torch.equal(loaded(images(model)), plain(images(model)))
@@ -231,7 +213,7 @@ def test_what_the_nets_can_vary_is_unshared(name, kwargs):
     kwargs = {**(SHALLOW if name in ('sharesnet34', 'sharesnet50') else {}), **kwargs}
     model = create(name, **kwargs).double()
     plain = unshare(model)
-    assert plain.state_dict().keys() == timm.create_model(TWINS[name], **twin_args(kwargs)).state_dict().keys()
+    assert plain.state_dict().keys() == unshared(model).state_dict().keys()
     assert_equal_outputs(plain, model, torch.randn(2, kwargs.get('in_chans', 3), 64, 64, dtype=torch.double))
 
 
@@ -243,9 +225,8 @@ def test_features_only_net_becomes_that_of_the_twin(kind, feature_cls):
     name, kwargs = model.made_by
     twin = timm.create_model(TWINS[name], **kwargs).double().eval()
     twin.load_state_dict(plain.state_dict(), strict=True)
-    x = torch.randn(2, 3, 64, 64, dtype=torch.double)
-    for found in plain(x), twin(x):
-        assert max(map(error, found, model(x))) <= 1e-12
+    for net in plain, twin:
+        assert_equal_outputs(net, model, torch.randn(2, 3, 64, 64, dtype=torch.double))
 
 
 class Tripled(ResNet):
