@@ -254,22 +254,23 @@ def test_a_net_of_another_precision_or_device_is_written_in_fp32_and_not_changed
     assert types <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}  # whole numbers are shapes
 
 
-def without_values(model: nn.Module, part: str) -> nn.Module:
+def without_values(part: str) -> nn.Module:
+    model = small('wide')
     model.get_submodule(part).to('meta')
     return model
+
+
+NO_VALUES = 'on the meta device and has no values to write: load its weights first'
+A_LIST = 'the net gives a list, and a file is written of one that gives a tensor'
 
 
 @pytest.mark.parametrize(
     'make, size, complaint',
     [
-        (lambda: without_values(small('wide'), ''), SIZE, 'on the meta device and has no values to write: load its'),
-        (
-            lambda: without_values(small('wide'), 'norm'),
-            SIZE,
-            'on the meta device and has no values to write: load its',
-        ),
-        (lambda: small('preact', features_only=True), SIZE, 'the net gives a list, and a file is written of one that'),
-        (lambda: small('wide').half(), (1, 32, 32), r'take images of \(1, 32, 32\): .*to have 3 channels'),
+        (lambda: without_values(''), SIZE, NO_VALUES),
+        (lambda: without_values('norm'), SIZE, NO_VALUES),
+        (lambda: small('preact', features_only=True), SIZE, A_LIST),
+        (lambda: small('wide').half(), (1, 32, 32), r'does not take images of \(1, 32, 32\): .*to have 3 channels'),
     ],
     ids=['no values', 'a part without values', 'several outputs', 'images of another size'],
 )

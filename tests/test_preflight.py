@@ -23,7 +23,7 @@ from timm_sharesnet.preflight.values import RANGES, VALUES
 
 NO_OPTION = 'not an option of train.py (timm 1.0.29.dev0)'
 WDS = 'hfids/timm/imagenet-1k-wds'
-DOWNLOADED = '--dataset torch/cifar10 --dataset-download'
+CIFAR = '--dataset torch/cifar10 --dataset-download'
 TRAIN_CONFIGS = Path(__file__).parents[1] / 'train_configs'
 CONFIG = {
     'model': 'resnet92_cifar',
@@ -149,7 +149,10 @@ def test_accepts_the_args_yaml_that_train_py_writes(folder, capsys):
         ({'model': 'local-dir:none'}, 'model: there is no folder none.'),
         ({'model_kwargs': {'depth': 3}}, 'model: resnet92_cifar cannot be built: TypeError: '),
         ({'data_dir': None}, 'data_dir: not set, the folder of the data is needed.'),
-        ({'num_classes': None, 'model': 'wrn28_10'}, "num_classes: 100 (wrn28_10's default, but data/train has 10"),
+        (
+            {'num_classes': None, 'model': 'wrn28_10'},
+            "num_classes: 100 (wrn28_10's default, but data/train has 10 classes).",
+        ),
     ],
     ids=str,
 )
@@ -286,10 +289,10 @@ def test_refuses_a_config_that_is_not_there(folder, capsys):
         ('--num-classes 12', 'num_classes: 12 (but data/train has 10 classes).'),
         ('--dataset torch/cifar100 --dataset-download', 'num_classes: 10 (but torch/cifar100 has 100 classes).'),
         (
-            f'{DOWNLOADED} --train-split training_set',
+            f'{CIFAR} --train-split training_set',
             "train_split: timm takes 'training_set' for the test set of torch",
         ),
-        (f'{DOWNLOADED} --val-split train', "val_split: timm takes 'train' for the training set of torch/cifar10"),
+        (f'{CIFAR} --val-split train', "val_split: timm takes 'train' for the training set of torch/cifar10"),
     ],
 )
 def test_refuses_wrong_options_and_values(folder, capsys, options, message):
@@ -639,14 +642,13 @@ def test_says_of_files_that_are_no_checkpoint_what_they_are_in_a_sentence(folder
     Path('empty.pth').touch()
     Path('zip.pth').write_bytes(b'PK\x03\x04')
     Path('weights.safetensors').write_bytes(b'x' * 50)
-    for path in 'text.pth', 'empty.pth', 'zip.pth', 'weights.safetensors':
-        message = f'initial_checkpoint: {path} is damaged or no checkpoint, torch cannot read it.'
-        assert refused(capsys, '--initial-checkpoint', path) == message
     torch.save(torch.zeros(3), 'tensor.pth')
     torch.save({'net': {}, 'epoch': 3}, 'nested.pth')
-    for path in 'tensor.pth', 'nested.pth':
-        message = f'initial_checkpoint: {path} is no checkpoint: it does not hold a state_dict, names with tensors.'
-        assert refused(capsys, '--initial-checkpoint', path) == message
+    damaged = 'damaged or no checkpoint, torch cannot read it.'
+    other = 'no checkpoint: it does not hold a state_dict, names with tensors.'
+    faults = dict.fromkeys(('text.pth', 'empty.pth', 'zip.pth', 'weights.safetensors'), damaged)
+    for path, fault in {**faults, 'tensor.pth': other, 'nested.pth': other}.items():
+        assert refused(capsys, '--initial-checkpoint', path) == f'initial_checkpoint: {path} is {fault}'
 
 
 def test_teacher_folder_must_load_and_have_the_classes_of_the_student(folder, capsys):
