@@ -5,13 +5,16 @@ zero. `create` therefore gives every batch norm weights and statistics that are 
 """
 
 import re
-from typing import Any, Dict, List, Tuple
+from pathlib import Path
+from typing import Any, Dict, List, Tuple, Union
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
+from plain_nets import batch_norms
 from timm.layers import BlurPool2d
+from timm.models import save_for_hf
 
 from timm_sharesnet import SharingBlock
 
@@ -88,12 +91,11 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     """Net in evaluation mode whose batch norms have random weights and statistics, the same in each call."""
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs).eval()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias)
-            m.running_mean.normal_()
-            m.running_var.uniform_(0.5, 1.5)
+    for norm in batch_norms(model):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 1.5)
     model.made_by = (name, kwargs)
     return model
 
@@ -105,6 +107,17 @@ def small(kind: str, **kwargs: Any) -> nn.Module:
     if kwargs.get('features_only'):
         kwargs.pop('num_classes', None)
     return create(name, **kwargs)
+
+
+def save_folder(model: nn.Module, folder: Union[str, Path], **model_args: Any) -> None:
+    """Write a folder in the Hub's format, whose net is built with these arguments."""
+    save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
+
+
+def through_folder(model: nn.Module, folder: Union[str, Path], **model_args: Any) -> nn.Module:
+    """What timm loads from such a folder."""
+    save_folder(model, folder, **model_args)
+    return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
 
 
 def images(model: nn.Module, n: int = 2) -> torch.Tensor:
@@ -130,15 +143,23 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-def twin_args(kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """Architecture arguments of the twin."""
-    return {k: v for k, v in kwargs.items() if k != 'share_rate'}
+def assert_equal_outputs(found: nn.Module, expected: nn.Module, x: torch.Tensor) -> None:
+    """Two nets of double precision compute the same: a tensor, several, or several with names."""
+    assert x.dtype == torch.double
+    with torch.no_grad():
+        outputs, others = found(x), expected(x)
+    if isinstance(others, torch.Tensor):
+        outputs, others = [outputs], [others]
+    if isinstance(others, dict):
+        assert outputs.keys() == others.keys()
+        outputs, others = outputs.values(), others.values()
+    assert len(outputs) == len(others) and max(map(error, outputs, others)) <= 1e-12
 
 
 def unshared(model: nn.Module) -> nn.Module:
     """The plain twin that computes the same: each block has a copy of the convolution that it shares in `model`."""
     name, kwargs = model.made_by
-    twin = timm.create_model(TWINS[name], **twin_args(kwargs))
+    twin = timm.create_model(TWINS[name], **{k: v for k, v in kwargs.items() if k != 'share_rate'})
     state_dict = model.state_dict()
     twin.load_state_dict({k: state_dict[shared_name(k, state_dict)] for k in twin.state_dict()})
     return twin.to(next(model.parameters()).dtype).train(model.training)

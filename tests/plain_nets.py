@@ -1,4 +1,4 @@
-"""Plain nets to be shared."""
+"""Plain nets to be shared, and the parts of a net."""
 
 from typing import Any, Dict, List, Tuple
 
@@ -35,6 +35,10 @@ kinds = pytest.mark.parametrize(
 
 def stages(model: nn.Module) -> List[SharedStage]:
     return [m for m in model.modules() if isinstance(m, SharedStage)]
+
+
+def batch_norms(model: nn.Module) -> List[nn.BatchNorm2d]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
 def noise(model: nn.Module, count: int, n: int) -> Tuple[torch.Tensor, ...]:

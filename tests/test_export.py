@@ -2,11 +2,9 @@
 
 import copy
 import errno
-import os
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import forks
 import onnx
@@ -15,8 +13,7 @@ import timm
 import torch
 import torch.nn as nn
 from demo import load_images
-from models import SHARED, create, error, images, kernels, kinds, slow_but_for, small
-from timm.models import save_for_hf
+from models import SHARED, create, error, images, kernels, kinds, save_folder, slow_but_for, small
 from timm.utils import reparameterize_model
 
 from timm_sharesnet import fold, unshare
@@ -25,11 +22,7 @@ from timm_sharesnet.export import export, export_onnx, inspect, main, open_sessi
 from timm_sharesnet.loading import load_model
 
 slow = pytest.mark.slow
-
-
 SIZE = (3, 32, 32)
-
-
 FORMS = {
     'folded': fold,
     'folded twin': lambda model: fold(unshare(model)),
@@ -59,6 +52,13 @@ def computed(model: nn.Module) -> int:
 
 def outputs(path: Path, x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(run(open_session(path), x.numpy()))
+
+
+def assert_outputs(path: Path, model: nn.Module, tolerance: float = 1e-4) -> None:
+    """For one image and for two."""
+    for n in 1, 2:
+        x = images(model, n)
+        assert error(model(x), outputs(path, x)) <= tolerance
 
 
 # ---- What ONNX Runtime holds
@@ -149,9 +149,7 @@ def folder(tmp_path_factory):
         pictures[i].save(path)
     model = small('preact', num_classes=5)
     other = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
-    torch.save(
-        {'arch': 'sharesnet164_cifar', 'state_dict': other, 'state_dict_ema': model.state_dict()}, folder / 'c.pth'
-    )
+    torch.save({'arch': model.made_by[0], 'state_dict': other, 'state_dict_ema': model.state_dict()}, folder / 'c.pth')
     return folder
 
 
@@ -164,16 +162,13 @@ def test_command_writes_fp32_fp16_and_int8_of_a_checkpoint(folder, tmp_path, cap
     assert main([*NET, *options]) == 0, capsys.readouterr().err
     lines = capsys.readouterr().out.splitlines()
     model = small('preact', num_classes=5)  # the averaged weights
-    x = images(model)
     tolerances = {'net.onnx': 1e-4, 'net_fp16.onnx': 1e-2, 'net_quantized.onnx': 0.2}
     assert {p.name for p in tmp_path.iterdir()} == set(tolerances)
     for name, tolerance in tolerances.items():
         onnx.checker.check_model(str(tmp_path / name))
         session = open_session(tmp_path / name)
         assert (session.get_inputs()[0].name, session.get_outputs()[0].name) == ('pixel_values', 'logits')
-        for n in 1, 2:
-            output = torch.from_numpy(run(session, x[:n].numpy()))
-            assert (output - model(x[:n])).abs().max() <= tolerance * output.abs().max()
+        assert_outputs(tmp_path / name, model, tolerance)
         line = next(line for line in lines if line.startswith(f'{name}: '))
         assert f'{kernels(model)} 3x3 kernels for {computed(model)} uses' in line
     assert f'calibrating int8 on 20 of 60 images of {folder / "images"}' in lines
@@ -182,12 +177,10 @@ def test_command_writes_fp32_fp16_and_int8_of_a_checkpoint(folder, tmp_path, cap
 
 def test_command_reads_a_local_dir(tmp_path):
     model = small('basic')
-    save_for_hf(model, tmp_path / 'net', model_args=model.made_by[1], safe_serialization=True)
+    save_folder(model, tmp_path / 'net', **model.made_by[1])
     options = ['--output', str(tmp_path / 'net.onnx'), '--img-size', '32']
     assert main([f'local-dir:{tmp_path / "net"}', *options]) == 0
-    x = images(model)
-    output = outputs(tmp_path / 'net.onnx', x)
-    assert (output - model(x)).abs().max() <= 1e-4 * output.abs().max()
+    assert_outputs(tmp_path / 'net.onnx', model)
 
 
 @pytest.mark.parametrize(
@@ -256,34 +249,34 @@ def test_a_net_of_another_precision_or_device_is_written_in_fp32_and_not_changed
     before = copy.deepcopy(model.state_dict())
     list(export(model, tmp_path / 'net.onnx'))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    model = model.to('cpu', torch.float32)
-    output = outputs(tmp_path / 'net.onnx', images(model))
-    assert (output - model(images(model))).abs().max() <= 1e-4 * output.abs().max()
-    assert {tensor.data_type for tensor in onnx.load(tmp_path / 'net.onnx').graph.initializer} <= {
-        onnx.TensorProto.FLOAT,
-        onnx.TensorProto.INT64,  # shapes
-    }
+    assert_outputs(tmp_path / 'net.onnx', model.to('cpu', torch.float32))
+    types = {tensor.data_type for tensor in onnx.load(tmp_path / 'net.onnx').graph.initializer}
+    assert types <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}  # whole numbers are shapes
 
 
-def test_a_net_without_values_is_refused(tmp_path):
-    part = small('wide')
-    part.norm.to('meta')
-    for model in timm.create_model('shawrn40_4', device='meta').eval(), part:
-        with pytest.raises(CommandError, match='on the meta device and has no values to write: load its weights first'):
-            list(export(model, tmp_path / 'net.onnx'))
-    assert not list(tmp_path.iterdir())
+def without_values(part: str) -> nn.Module:
+    model = small('wide')
+    model.get_submodule(part).to('meta')
+    return model
 
 
-def test_a_net_of_several_outputs_is_refused_and_nothing_written(tmp_path):
-    model = create('sharesnet164_cifar', layers=(2, 2, 2), features_only=True)
-    with pytest.raises(CommandError, match='the net gives a list, and a file is written of one that gives a tensor'):
-        list(export(model, tmp_path / 'net.onnx', (3, 32, 32)))
-    assert not any(tmp_path.iterdir())
+NO_VALUES = 'on the meta device and has no values to write: load its weights first'
+A_LIST = 'the net gives a list, and a file is written of one that gives a tensor'
 
 
-def test_images_of_another_size_are_refused_as_torch_says_it(tmp_path):
-    with pytest.raises(CommandError, match=r'does not take images of \(1, 32, 32\): .*to have 3 channels'):
-        list(export(small('wide').half(), tmp_path / 'net.onnx', (1, 32, 32)))
+@pytest.mark.parametrize(
+    'make, size, complaint',
+    [
+        (lambda: without_values(''), SIZE, NO_VALUES),
+        (lambda: without_values('norm'), SIZE, NO_VALUES),
+        (lambda: small('preact', features_only=True), SIZE, A_LIST),
+        (lambda: small('wide').half(), (1, 32, 32), r'does not take images of \(1, 32, 32\): .*to have 3 channels'),
+    ],
+    ids=['no values', 'a part without values', 'several outputs', 'images of another size'],
+)
+def test_a_net_that_cannot_be_written_is_refused_and_nothing_written(tmp_path, make, size, complaint):
+    with pytest.raises(CommandError, match=complaint):
+        list(export(make(), tmp_path / 'net.onnx', size))
     assert not list(tmp_path.iterdir())
 
 
@@ -293,20 +286,20 @@ def test_a_net_of_one_channel_is_written_for_its_images(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'module,function,error,message',
+    'function,error,message',
     [
-        (os, 'replace', OSError(errno.ENOSPC, 'No space left on device'), 'No space left on device'),
-        (onnx, 'save', OSError(), 'OSError'),
+        ('os.replace', OSError(errno.ENOSPC, 'No space left on device'), 'No space left on device'),
+        ('onnx.save', OSError(), 'OSError'),
     ],
 )
 def test_a_full_disk_is_said_in_one_line_and_nothing_is_left(
-    folder, tmp_path, monkeypatch, capsys, module, function, error, message
+    folder, tmp_path, monkeypatch, capsys, function, error, message
 ):
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_, **__):
         raise error
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, function, fail)
+    monkeypatch.setattr(function, fail)
     assert main([*NET, '--checkpoint', str(folder / 'c.pth'), '--output', 'net.onnx']) == 2
     assert capsys.readouterr().err == f'export: net.onnx: {message}\n'
     assert not list(tmp_path.iterdir())

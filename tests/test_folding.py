@@ -3,14 +3,15 @@
 import copy
 import pickle
 from collections import Counter
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
 from additions import ADDITIONS, add
-from models import SHALLOW, SMALL, VARIANTS, create, error, images, kinds, small, unshared, uses
+from models import SHALLOW, SMALL, VARIANTS, assert_equal_outputs, create, error, images, kinds, small, unshared, uses
+from plain_nets import batch_norms
 from safetensors.torch import load_file, save_file
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
@@ -40,9 +41,37 @@ def no_grad():
         yield
 
 
-def assert_equal_outputs(folded: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
-    assert x.dtype == torch.double
-    assert error(folded(x), model(x)) <= 1e-12
+@pytest.fixture
+def net():
+    return small
+
+
+@pytest.fixture
+def model(kind, net):
+    return net(kind)
+
+
+@pytest.fixture
+def double(model):
+    """The net in double precision."""
+    return model.double()
+
+
+@pytest.fixture
+def folded(model):
+    return fold(model)
+
+
+@pytest.fixture
+def x(model):
+    return images(model)
+
+
+def assert_folds(model: nn.Module, x: Optional[torch.Tensor] = None) -> nn.Module:
+    """Fold a net of double precision: what it computes stays."""
+    folded = fold(model)
+    assert_equal_outputs(folded, model, images(model) if x is None else x)
+    return folded
 
 
 def norms(model: nn.Module) -> List[str]:
@@ -52,6 +81,12 @@ def norms(model: nn.Module) -> List[str]:
 def norm_name(block: SharingBlock) -> str:
     """Name of the layer that follows the 3x3."""
     return block.branch[block.branch.index('conv2') + 1]
+
+
+def norms_after(blocks: Iterable[SharingBlock]) -> List[nn.BatchNorm2d]:
+    """Batch norms that follow the 3x3 of a block: in a wide block there is none."""
+    layers = (getattr(block, norm_name(block)) for block in blocks)
+    return [layer for layer in layers if isinstance(layer, nn.BatchNorm2d)]
 
 
 def form(block: SharingBlock) -> str:
@@ -72,17 +107,15 @@ def form(block: SharingBlock) -> str:
 @kinds
 @nets
 def test_folded_net_computes_the_same(kind, net):
-    model = net(kind).double()
-    assert_equal_outputs(fold(model), model, images(model))
+    assert_folds(net(kind).double())
 
 
 @kinds
 @nets
-def test_folded_net_gives_the_same_features(kind, net):
-    model = net(kind).double()
-    folded, x = fold(model), images(model)
-    assert error(folded.forward_features(x), model.forward_features(x)) <= 1e-12
-    found, expected = (net.forward_intermediates(x, intermediates_only=True) for net in (folded, model))
+def test_folded_net_gives_the_same_features(double, net):
+    folded, x = fold(double), images(double)
+    assert error(folded.forward_features(x), double.forward_features(x)) <= 1e-12
+    found, expected = (net.forward_intermediates(x, intermediates_only=True) for net in (folded, double))
     assert len(found) == len(expected) > 3
     assert max(map(error, found, expected)) <= 1e-12
 
@@ -106,9 +139,8 @@ HARD: Dict[str, Channels] = {
 def harden(model: nn.Module, channels: Channels) -> nn.Module:
     """Change the weights of the batch norms around each 3x3 that is or could be shared."""
     torch.manual_seed(2)
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.weight.copy_(channels(m.weight, torch.rand(len(m.weight))))
+    for norm in batch_norms(model):
+        norm.weight.copy_(channels(norm.weight, torch.rand(len(norm.weight))))
     return model
 
 
@@ -116,19 +148,16 @@ def harden(model: nn.Module, channels: Channels) -> nn.Module:
 @nets_twins_slow
 @pytest.mark.parametrize('scales', HARD)
 def test_scales_of_any_sign_and_size_fold_exactly(kind, net, scales):
-    model = harden(net(kind).double(), HARD[scales])
-    assert_equal_outputs(fold(model), model, images(model))
+    assert_folds(harden(net(kind).double(), HARD[scales]))
 
 
 @kinds
 @nets_twins_slow
 @pytest.mark.parametrize('size', [50, 1e6])
-def test_biases_far_from_zero_fold_exactly(kind, net, size):
-    model = net(kind).double()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.bias.mul_(size)
-    assert_equal_outputs(fold(model), model, images(model))
+def test_biases_far_from_zero_fold_exactly(double, size):
+    for norm in batch_norms(double):
+        norm.bias.mul_(size)
+    assert_folds(double)
 
 
 @kinds
@@ -145,14 +174,11 @@ SHRINK = 0.3 / MAX_SHIFT  # scales that just move: shifts of up to the bound, ke
 @kinds
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('scales', ['moved', 'near zero', 'some negative'])
-def test_folded_net_is_as_accurate_as_the_net_in_half_precision(kind, dtype, scales):
-    model = small(kind)
+def test_folded_net_is_as_accurate_as_the_net_in_half_precision(model, kind, dtype, scales):
     if scales == 'moved':
-        for block in uses(model):
-            norm = getattr(block, norm_name(block))
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.weight.mul_(SHRINK)
-                norm.bias.uniform_(-0.1, 0.1)
+        for norm in norms_after(uses(model)):
+            norm.weight.mul_(SHRINK)
+            norm.bias.uniform_(-0.1, 0.1)
     else:
         harden(model, HARD[scales])
     folded = fold(model)
@@ -173,15 +199,13 @@ KEPT = {'basic': [], 'bottleneck': [], 'preact': ['bn1', 'norm'], 'wide': ['bn1'
 
 @kinds
 @nets
-def test_only_batch_norms_without_a_convolution_before_them_are_left(kind, net):
-    model = net(kind)
+def test_only_batch_norms_without_a_convolution_before_them_are_left(model, kind):
     expected = [name for name in norms(model) if name.rpartition('.')[2] in KEPT[kind]]
     assert norms(fold(model)) == expected
 
 
 @kinds
-def test_use_of_a_shared_convolution_takes_the_form_of_its_kind_of_block(kind):
-    folded = fold(small(kind))
+def test_use_of_a_shared_convolution_takes_the_form_of_its_kind_of_block(folded, kind):
     assert {form(block) for block in uses(folded)} == FORMS[kind]
 
 
@@ -205,21 +229,17 @@ def set_shift(norm: nn.BatchNorm2d, shift: float) -> None:
     ],
     ids=['negative', 'zero', 'all zero', 'shift', 'negative shift', 'large shift', 'large negative shift'],
 )
-def test_scale_moves_unless_a_channel_is_negative_or_shifts_too_far(kind, change, expected):
-    model = small(kind).double()
-    block = model.layer1.blocks[1]
+def test_scale_moves_unless_a_channel_is_negative_or_shifts_too_far(double, change, expected):
+    block = double.layer1.blocks[1]
     change(getattr(block, norm_name(block)))
-    folded = fold(model)
+    folded = assert_folds(double)
     assert [form(block) for block in uses(folded.layer1)[-2:]] == [expected, 'bias']  # the change is its own
-    assert_equal_outputs(folded, model, images(model))
 
 
 @pytest.mark.parametrize('act_layer', ['silu', 'leaky_relu', 'relu6'])
 def test_scale_does_not_move_past_another_activation_than_relu(act_layer):
-    model = small('bottleneck', act_layer=act_layer).double()
-    folded = fold(model)
+    folded = assert_folds(small('bottleneck', act_layer=act_layer).double())
     assert {form(block) for block in uses(folded)} == {'depthwise'}
-    assert_equal_outputs(folded, model, images(model))
 
 
 def test_constants_of_channels_with_scale_zero_reach_the_output():
@@ -235,26 +255,24 @@ def test_constants_of_channels_with_scale_zero_reach_the_output():
 
 
 @kinds
-def test_each_shared_kernel_is_stored_once_as_it_was(kind):
-    model = small(kind)
-    folded = fold(model)
+def test_each_shared_kernel_is_stored_once_as_it_was(model, folded):
     stages = [name for name, m in model.named_modules() if isinstance(m, SharedStage) and m.conv is not None]
     assert len(stages) > 1 and len(uses(folded)) > len(stages)
     for name in stages:
         assert torch.equal(folded.get_submodule(name).conv.weight, model.get_submodule(name).conv.weight)
         assert folded.get_submodule(name).conv.bias is None
-    shapes = [Counter(m.weight.shape for m in n.modules() if isinstance(m, nn.Conv2d)) for n in (folded, model)]
-    assert {k: n for k, n in shapes[0].items() if k[2:] == (3, 3)} == {
-        k: n for k, n in shapes[1].items() if k[2:] == (3, 3)
-    }
+    found, expected = (
+        Counter(m.weight.shape for m in net.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3))
+        for net in (folded, model)
+    )
+    assert found == expected
     storages = [v.untyped_storage().data_ptr() for v in folded.state_dict().values()]
     assert len(set(storages)) == len(storages)
 
 
 @kinds
 @nets
-def test_each_folded_batch_norm_saves_a_parameter_per_channel(kind, net):
-    model = net(kind)
+def test_each_folded_batch_norm_saves_a_parameter_per_channel(model, kind, net):
     stay = KEPT[kind] + (['bn2'] if kind == 'basic' and net is small else [])  # bn2: depthwise, weight and bias
     channels = {name: len(m.weight) for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     saved = sum(n for name, n in channels.items() if name.rpartition('.')[2] not in stay)
@@ -266,8 +284,7 @@ def test_each_folded_batch_norm_saves_a_parameter_per_channel(kind, net):
 
 @kinds
 @nets
-def test_model_is_not_changed(kind, net):
-    model = net(kind)
+def test_model_is_not_changed(model):
     before, names = copy.deepcopy(model.state_dict()), norms(model)
     fold(model)
     assert norms(model) == names
@@ -276,9 +293,7 @@ def test_model_is_not_changed(kind, net):
 
 @kinds
 @nets_twins_slow
-def test_folded_net_shares_no_memory_with_the_model(kind, net):
-    model = net(kind)
-    folded, x = fold(model), images(model)
+def test_folded_net_shares_no_memory_with_the_model(model, folded, x):
     before = folded(x)
     for t in model.state_dict().values():
         t.zero_()
@@ -287,8 +302,7 @@ def test_folded_net_shares_no_memory_with_the_model(kind, net):
 
 @kinds
 @nets_twins_slow
-def test_folding_twice_changes_nothing(kind, net):
-    folded = fold(net(kind))
+def test_folding_twice_changes_nothing(folded):
     torch.testing.assert_close(fold(folded).state_dict(), folded.state_dict(), rtol=0, atol=0)
 
 
@@ -311,10 +325,8 @@ def test_dtype_mode_and_memory_format_are_the_model_s(kind, dtype):
 def other_form(kind: str) -> nn.Module:
     """A net some of whose uses are folded to another form than those of `small(kind)`."""
     model = small(kind)
-    for block in model.layer1.blocks:
-        norm = getattr(block, norm_name(block))
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.weight.neg_()
+    for norm in norms_after(model.layer1.blocks):
+        norm.weight.neg_()
     return model
 
 
@@ -338,8 +350,7 @@ def test_state_dict_loads_strictly_into_any_folded_net(kind, saved, fresh, tmp_p
 
 
 @kinds
-def test_state_dict_loads_into_the_folded_net_that_timm_creates(kind):
-    folded = fold(small(kind))
+def test_state_dict_loads_into_the_folded_net_that_timm_creates(folded):
     name, kwargs = folded.made_by
     loaded = fold(timm.create_model(name, **kwargs).eval())  # timm's last batch norms have scale zero
     loaded.load_state_dict(folded.state_dict(), strict=True)
@@ -348,8 +359,7 @@ def test_state_dict_loads_into_the_folded_net_that_timm_creates(kind):
 
 @kinds
 @pytest.mark.parametrize('assign', [False, True])
-def test_state_dict_keeps_the_type_of_the_net_that_loads_it(kind, assign):
-    folded = fold(small(kind))
+def test_state_dict_keeps_the_type_of_the_net_that_loads_it(folded, kind, assign):
     loaded = fold(other_form(kind).double())
     loaded.load_state_dict(folded.state_dict(), assign=assign)
     dtype = torch.float if assign else torch.double
@@ -359,25 +369,24 @@ def test_state_dict_keeps_the_type_of_the_net_that_loads_it(kind, assign):
 
 @kinds
 @nets_twins_slow
-def test_state_dicts_of_folded_and_unfolded_nets_are_not_confused(kind, net):
-    model = net(kind)
-    folded = fold(model)
+def test_state_dicts_of_folded_and_unfolded_nets_are_not_confused(model, folded):
     for target, source in (folded, model), (model, folded):
         with pytest.raises(RuntimeError, match='Missing key'):
             copy.deepcopy(target).load_state_dict(source.state_dict())
 
 
+CLONES = {'deepcopy': copy.deepcopy, 'pickle': lambda model: pickle.loads(pickle.dumps(model))}
+
+
 @kinds
 @nets_twins_slow
-@pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
-def test_folded_net_can_be_copied_and_pickled(kind, net, clone):
-    folded = fold(net(kind))
-    x = images(folded)
+@pytest.mark.parametrize('clone', CLONES.values(), ids=CLONES)
+def test_folded_net_can_be_copied_and_pickled(folded, x, clone):
     assert torch.equal(clone(folded)(x), folded(x))
 
 
 @kinds
-@pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
+@pytest.mark.parametrize('clone', CLONES.values(), ids=CLONES)
 def test_copy_of_a_folded_net_takes_the_form_that_it_loads(kind, clone):
     original, other = fold(small(kind)), fold(other_form(kind))
     x = images(original)
@@ -403,6 +412,14 @@ PLAIN: List[Tuple[str, Dict[str, Any]]] = [
 ]
 
 
+def assert_every_norm_folds(model: nn.Module, x: torch.Tensor) -> None:
+    assert norms(model) and not norms(assert_folds(model, x))
+
+
+def noise(n: int = 2) -> torch.Tensor:
+    return torch.randn(n, 3, 64, 64, dtype=torch.double)
+
+
 def variant(name: str, kwargs: Dict[str, Any]) -> Tuple[nn.Module, torch.Tensor]:
     model = create(name, **{**({} if name in ('sharesnet164_cifar', 'shawrn40_4') else SHALLOW), **kwargs}).double()
     torch.manual_seed(3)
@@ -411,74 +428,50 @@ def variant(name: str, kwargs: Dict[str, Any]) -> Tuple[nn.Module, torch.Tensor]
 
 @pytest.mark.parametrize('name,kwargs', VARIANTS)
 def test_what_the_nets_can_vary_folds(name, kwargs):
-    model, x = variant(name, kwargs)
-    folded = fold(model)
+    folded = assert_folds(*variant(name, kwargs))
     assert all(form(block) in ('bias', 'depthwise') for block in uses(folded)) or name == 'shawrn40_4'
-    assert_equal_outputs(folded, model, x)
 
 
 @pytest.mark.parametrize('name,kwargs', PLAIN)
 def test_timm_s_plain_resnets_fold(name, kwargs):
-    model, x = variant(name, {'layers': (1, 2, 1, 1), **kwargs})
-    folded = fold(model)
-    assert norms(model) and not norms(folded)
-    assert_equal_outputs(folded, model, x)
+    assert_every_norm_folds(*variant(name, {'layers': (1, 2, 1, 1), **kwargs}))
 
 
 @pytest.mark.parametrize('name', ['sharesnet34', 'sharesnet50', 'resnet50'])
 def test_norm_layer_of_another_kind_stays(name):
-    def group_norm(chs: int, **kwargs: Any) -> nn.GroupNorm:
-        return nn.GroupNorm(4, chs, **kwargs)
-
-    model, x = variant(name, dict(norm_layer=group_norm))
+    model, x = variant(name, dict(norm_layer=lambda chs, **kwargs: nn.GroupNorm(4, chs, **kwargs)))
     folded = fold(model)
     assert [type(m) for m in folded.modules()] == [type(m) for m in model.modules()]
     assert torch.equal(folded(x), model(x))
-
-
-def assert_equal_features(folded: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
-    found, expected = folded(x), model(x)
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        found, expected = found.values(), expected.values()
-    assert max(map(error, found, expected)) <= 1e-12
 
 
 @kinds
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter'])
 def test_features_only_net_folds(kind, feature_cls):
     model = small(kind, features_only=True, feature_cls=feature_cls).double()
-    folded = fold(model)
+    folded = assert_folds(model, noise())
     assert len(norms(folded)) < len(norms(model))
     assert {name.rpartition('.')[2] for name in norms(folded)} <= {*KEPT[kind], 'norm'}
-    assert_equal_features(folded, model, torch.randn(2, 3, 64, 64, dtype=torch.double))
 
 
 @pytest.mark.parametrize('stem_type', ['', 'deep'])
 @pytest.mark.parametrize('flatten', [False, True])
 @pytest.mark.parametrize('wrapper', [FeatureListNet, FeatureDictNet, FeatureHookNet])
 def test_every_batch_norm_of_a_net_that_timm_takes_apart_folds(wrapper, flatten, stem_type):
-    model = wrapper(create('sharesnet50', stem_type=stem_type, **SHALLOW), flatten_sequential=flatten).double().eval()
-    folded = fold(model)
-    assert norms(model) and not norms(folded)
-    assert_equal_features(folded, model, torch.randn(2, 3, 64, 64, dtype=torch.double))
+    model = wrapper(create('sharesnet50', stem_type=stem_type, **SHALLOW), flatten_sequential=flatten)
+    assert_every_norm_folds(model.double().eval(), noise())
+
+
+class Both(nn.ModuleList):
+    """A net that gives a tensor, and one that gives a list."""
+
+    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+        return [self[0](x), *self[1](x)]
 
 
 def test_net_that_is_there_whole_and_taken_apart_folds_once():
     whole = create('resnet26d')
-
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.whole, self.parts = whole, FeatureListNet(whole)
-
-        def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
-            return [self.whole(x), *self.parts(x)]
-
-    model = Both().double().eval()
-    folded = fold(model)
-    assert norms(model) and not norms(folded)
-    assert_equal_features(folded, model, torch.randn(1, 3, 64, 64, dtype=torch.double))
+    assert_every_norm_folds(Both([whole, FeatureListNet(whole)]).double().eval(), noise(1))
 
 
 class NormFirst(nn.Module):
@@ -503,23 +496,11 @@ OTHERS: Dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize('other', OTHERS)
 def test_net_of_another_kind_in_the_same_model_computes_the_same(other):
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.other, self.net = OTHERS[other](), small('bottleneck')
-
-        def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
-            return [*self.other(x), self.net(x)]
-
-    model = Pair().double().eval()
-    with torch.no_grad():
-        for m in model.other.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                for t in m.weight, m.bias, m.running_mean, m.running_var:
-                    t.uniform_(0.5, 1.5)
-    folded = fold(model)
-    assert not norms(folded.net)
-    assert_equal_features(folded, model, torch.randn(2, 3, 64, 64, dtype=torch.double))
+    model = Both([small('bottleneck'), OTHERS[other]()]).double().eval()
+    for norm in batch_norms(model[1]):
+        for t in norm.weight, norm.bias, norm.running_mean, norm.running_var:
+            t.uniform_(0.5, 1.5)
+    assert not norms(assert_folds(model, noise())[0])
 
 
 @kinds
@@ -533,20 +514,15 @@ def test_net_taken_apart_into_a_graph_is_refused(kind):
 @kinds
 def test_stage_folds_by_itself(kind):
     stage = small(kind).double().layer1
-    folded = fold(stage)
+    folded = assert_folds(stage, torch.randn(2, stage.blocks[0].conv1.in_channels, 8, 8, dtype=torch.double))
     assert len(norms(folded)) < len(norms(stage))
-    x = torch.randn(2, stage.blocks[0].conv1.in_channels, 8, 8, dtype=torch.double)
-    assert_equal_outputs(folded, stage, x)
 
 
 @kinds
 @nets
-def test_net_within_a_model_folds(kind, net):
-    model = net(kind).double()
-    detector = nn.Sequential(model, nn.BatchNorm1d(10), nn.Linear(10, 2)).double().eval()
-    folded = fold(detector)
-    assert norms(folded[0]) == norms(fold(model))
-    assert_equal_outputs(folded, detector, images(model))
+def test_net_within_a_model_folds(double):
+    detector = nn.Sequential(double, nn.BatchNorm1d(10), nn.Linear(10, 2)).double().eval()
+    assert norms(assert_folds(detector, images(double))[0]) == norms(fold(double))
 
 
 @kinds
@@ -555,47 +531,39 @@ def test_net_within_a_model_folds(kind, net):
 def test_synchronized_and_frozen_batch_norms_fold(kind, net, convert):
     model = convert(net(kind).double()).eval()
     assert not any(type(m) is nn.BatchNorm2d for m in model.modules())
-    folded = fold(model)
-    assert {name.rpartition('.')[2] for name in norms(folded)} == set(KEPT[kind])
-    assert_equal_outputs(folded, model, images(model))
+    assert {name.rpartition('.')[2] for name in norms(assert_folds(model))} == set(KEPT[kind])
 
 
 @kinds
 @nets_twins_slow
-def test_batch_norms_without_weights_fold(kind, net):
-    model = net(kind).double()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.weight = m.bias = None
-    assert_equal_outputs(fold(model), model, images(model))
+def test_batch_norms_without_weights_fold(double):
+    for norm in batch_norms(double):
+        norm.weight = norm.bias = None
+    assert_folds(double)
 
 
 @kinds
-def test_batch_norms_without_statistics_stay(kind):
-    model = small(kind).double()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.track_running_stats, m.running_mean, m.running_var = False, None, None
-    folded = fold(model)
-    assert norms(folded) == norms(model)
-    assert torch.equal(folded(images(model)), model(images(model)))
+def test_batch_norms_without_statistics_stay(double):
+    for norm in batch_norms(double):
+        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    folded = fold(double)
+    assert norms(folded) == norms(double)
+    assert torch.equal(folded(images(double)), double(images(double)))
 
 
 @kinds
 @nets
-def test_timm_s_reparameterize_model_gives_the_same_function(kind, net):
-    model = net(kind).double()
-    found = reparameterize_model(model)
+def test_timm_s_reparameterize_model_gives_the_same_function(double, net):
+    found = reparameterize_model(double)
     if net is small:
-        assert set(norms(found)) == {*norms(fold(model)), *(['bn1'] if 'bn1' in norms(model) else [])}
-    assert_equal_outputs(found, model, images(model))
+        assert set(norms(found)) == {*norms(fold(double)), *(['bn1'] if 'bn1' in norms(double) else [])}
+    assert_equal_outputs(found, double, images(double))
 
 
 @kinds
-def test_timm_s_scripts_may_reparameterize_before_they_call_eval(kind):
-    model = small(kind).double()
-    found = reparameterize_model(copy.deepcopy(model).train()).eval()
-    assert_equal_outputs(found, model, images(model))
+def test_timm_s_scripts_may_reparameterize_before_they_call_eval(double):
+    found = reparameterize_model(copy.deepcopy(double).train()).eval()
+    assert_equal_outputs(found, double, images(double))
 
 
 # ---- What was added to the net
@@ -603,8 +571,7 @@ def test_timm_s_scripts_may_reparameterize_before_they_call_eval(kind):
 
 @kinds
 @pytest.mark.parametrize('addition', ADDITIONS)
-def test_addition_to_a_shared_convolution_is_refused_with_the_cure(kind, addition):
-    model = small(kind)
+def test_addition_to_a_shared_convolution_is_refused_with_the_cure(model, kind, addition):
     add(addition, model, 'layer2.conv' if kind == 'preact' else 'layer1.conv')
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match='merge or remove'):
@@ -629,30 +596,27 @@ OF = {
     'kind,name,addition',
     [(kind, name, a) for kind, name in LAYERS for a in ADDITIONS if name.startswith(OF.get(a, ''))],
 )
-def test_addition_to_a_block_s_own_layer_keeps_its_effect(kind, name, addition):
-    model = small(kind).double()
-    x = images(model)
-    before = model(x)
-    add(addition, model, f'layer1.blocks.1.{name}'.rstrip('.'))
-    assert error(model(x), before) > 1e-3
-    assert_equal_outputs(fold(model), model, x)
+def test_addition_to_a_block_s_own_layer_keeps_its_effect(double, name, addition):
+    x = images(double)
+    before = double(x)
+    add(addition, double, f'layer1.blocks.1.{name}'.rstrip('.'))
+    assert error(double(x), before) > 1e-3
+    assert_folds(double, x)
 
 
 @kinds
 @pytest.mark.parametrize('addition', ADDITIONS)
-def test_addition_to_the_shared_convolution_of_a_folded_net_reaches_every_use(kind, addition):
-    model = small(kind).double()
-    folded, x = fold(model), images(model)
-    before = model(x)
-    for net in model, folded:
+def test_addition_to_the_shared_convolution_of_a_folded_net_reaches_every_use(double, addition):
+    folded, x = fold(double), images(double)
+    before = double(x)
+    for net in double, folded:
         add(addition, net, 'layer1.conv')
-    assert error(model(x), before) > 1e-3
-    assert_equal_outputs(folded, model, x)
+    assert error(double(x), before) > 1e-3
+    assert_equal_outputs(folded, double, x)
 
 
 @kinds
-def test_hook_on_the_shared_convolution_of_a_folded_net_sees_every_use(kind):
-    folded = fold(small(kind))
+def test_hook_on_the_shared_convolution_of_a_folded_net_sees_every_use(folded):
     calls: List[int] = []
     folded.layer1.conv.register_forward_hook(lambda *_: calls.append(1))
     folded(images(folded))
@@ -703,8 +667,7 @@ def test_folded_net_that_runs_so_has_both_forms(kind):
 
 
 @kinds
-def test_exported_folded_net_has_no_operation_that_folding_should_have_saved(kind):
-    folded = fold(small(kind))
+def test_exported_folded_net_has_no_operation_that_folding_should_have_saved(folded):
     program = torch.export.export(folded, (images(folded),))
     count = Counter(str(node.target) for node in program.graph.nodes if node.op == 'call_function')
     assert count['aten.batch_norm.default'] == len(norms(folded))
@@ -723,8 +686,7 @@ def test_training_mode_is_refused(kind, net):
 
 @kinds
 @nets
-def test_single_layer_in_training_mode_is_refused_by_name(kind, net):
-    model = net(kind)
+def test_single_layer_in_training_mode_is_refused_by_name(model):
     name = norms(model)[3]
     model.get_submodule(name).train()
     with pytest.raises(ValueError, match=f'{name} is in training mode'):

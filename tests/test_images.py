@@ -4,16 +4,15 @@ import struct
 import sys
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, List
 
 import numpy as np
 import pytest
 import timm
 import torch
 from demo import load_images
+from models import save_folder
 from PIL import Image
 from safetensors import SafetensorError
-from timm.models import save_for_hf
 from torch.utils.data import DataLoader
 
 from timm_sharesnet.cli import CommandError
@@ -23,20 +22,20 @@ from timm_sharesnet.sharing.__main__ import main as share_main
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     """Working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def save(*names: str) -> None:
+def save(*names):
     """Write an image of our own to each file, the first to the first."""
     for name, image in zip(names, load_images()[0], strict=False):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         image.save(name)
 
 
-def net(**kwargs: Any) -> torch.nn.Module:
+def net(**kwargs):
     torch.manual_seed(0)
     return timm.create_model('resnet164_cifar', layers=(2, 3, 3), **kwargs).eval()
 
@@ -61,7 +60,7 @@ def net(**kwargs: Any) -> torch.nn.Module:
         (['x/animals/test/a.png', 'x/things/b.png'], 'x'),
     ],
 )
-def test_images_are_those_of_the_folder_or_of_train_below_it(folder: Path, names: List[str], taken: str) -> None:
+def test_images_are_those_of_the_folder_or_of_train_below_it(folder, names, taken):
     save(*names)
     images = FolderImages('x', net())
     expected = [name for name in names if name.startswith(f'{taken}/')]
@@ -72,7 +71,7 @@ def test_images_are_those_of_the_folder_or_of_train_below_it(folder: Path, names
 
 
 @pytest.mark.parametrize('named', ['imagenet/val', 'imagenet/val/', 'imagenet/./val', '{}/imagenet/val'])
-def test_a_split_that_is_named_is_taken(folder: Path, named: str) -> None:
+def test_a_split_that_is_named_is_taken(folder, named):
     save('imagenet/train/cat/a.png', 'imagenet/val/cat/b.png', 'imagenet/val/dog/c.png')
     assert len(FolderImages(named.format(folder), net())) == 2
 
@@ -86,14 +85,14 @@ def test_a_split_that_is_named_is_taken(folder: Path, named: str) -> None:
         (['x/extra/a.png', 'x/validation/cat/b.png'], 'validation'),
     ],
 )
-def test_splits_without_train_are_not_taken_silently(folder: Path, names: List[str], there: str) -> None:
+def test_splits_without_train_are_not_taken_silently(folder, names, there):
     save(*names)
     Path('x/devkit').mkdir()
     with pytest.raises(CommandError, match=f'x has {there} and no train: name the folder whose images to take'):
         FolderImages('x', net())
 
 
-def test_no_images_are_said_so(folder: Path) -> None:
+def test_no_images_are_said_so(folder):
     Path('empty').mkdir()
     Path('file.png').touch()
     for name in 'empty', 'none', 'file.png', '':
@@ -104,7 +103,7 @@ def test_no_images_are_said_so(folder: Path) -> None:
         FolderImages('x', net())
 
 
-def test_images_are_spread_at_equal_distances_and_none_is_taken_twice(folder: Path) -> None:
+def test_images_are_spread_at_equal_distances_and_none_is_taken_twice(folder):
     save(*(f'x/{i}.png' for i in range(10)))
     images = FolderImages('x', net())
     assert images.spread(4) == [0, 2, 5, 7]
@@ -115,7 +114,7 @@ def test_images_are_spread_at_equal_distances_and_none_is_taken_twice(folder: Pa
 # ---- How they are read
 
 
-def test_batches_are_read_when_it_is_their_turn_the_same_each_time(folder: Path) -> None:
+def test_batches_are_read_when_it_is_their_turn_the_same_each_time(folder):
     save(*(f'x/{i}.png' for i in range(120)))
     images = FolderImages('x', net())
     batches = images.batches(range(110))
@@ -131,7 +130,7 @@ def test_batches_are_read_when_it_is_their_turn_the_same_each_time(folder: Path)
         next(iterator)
 
 
-def test_a_net_of_one_channel_gets_grey_images_normalized_by_the_average(folder: Path) -> None:
+def test_a_net_of_one_channel_gets_grey_images_normalized_by_the_average(folder):
     save('x/a.png')
     model = net(in_chans=1)
     image = FolderImages('x', model)[0]
@@ -141,7 +140,7 @@ def test_a_net_of_one_channel_gets_grey_images_normalized_by_the_average(folder:
     assert model(image[None]).shape == (1, 10)
 
 
-def test_grey_images_and_those_with_a_palette_fit_a_net_of_three_channels(folder: Path) -> None:
+def test_grey_images_and_those_with_a_palette_fit_a_net_of_three_channels(folder):
     Path('x').mkdir()
     for mode in 'L', 'P', 'RGBA', '1', 'CMYK':
         load_images()[0][0].convert(mode).save(f'x/{mode}.{"jpg" if mode == "CMYK" else "png"}')
@@ -150,28 +149,28 @@ def test_grey_images_and_those_with_a_palette_fit_a_net_of_three_channels(folder
 
 
 @pytest.mark.parametrize('channels', [2, 4])
-def test_other_channels_are_refused(folder: Path, channels: int) -> None:
+def test_other_channels_are_refused(folder, channels):
     save('x/a.png')
     with pytest.raises(CommandError, match=f'images of a folder are grey or RGB, the net takes {channels} channels'):
         FolderImages('x', net(in_chans=channels))
 
 
-def test_size_replaces_the_model_s(folder: Path) -> None:
+def test_size_replaces_the_model_s(folder):
     save('x/a.png')
     assert FolderImages('x', net(), (3, 48, 40))[0].shape == (3, 48, 40)
 
 
-def truncate(path: Path) -> None:
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-60])
 
 
-def claim_100_000_pixels_a_side(path: Path) -> None:
+def claim_100_000_pixels_a_side(path):
     data = path.read_bytes()
     header = b'IHDR' + struct.pack('>II', 100_000, 100_000) + data[24:29]
     path.write_bytes(data[:12] + header + struct.pack('>I', zlib.crc32(header)) + data[33:])
 
 
-def link_to_nothing(path: Path) -> None:
+def link_to_nothing(path):
     path.unlink()
     path.symlink_to('nothing')
 
@@ -183,9 +182,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize('name,damage', [(name, damage) for name in DAMAGES for damage in DAMAGES[name]])
-def test_an_image_that_cannot_be_read_is_named_and_not_skipped(
-    folder: Path, name: str, damage: Callable[[Path], Any]
-) -> None:
+def test_an_image_that_cannot_be_read_is_named_and_not_skipped(folder, name, damage):
     save('x/0.png', name, 'x/2.png')
     damage(Path(name))
     with pytest.raises(CommandError) as error:
@@ -198,11 +195,11 @@ def test_an_image_that_cannot_be_read_is_named_and_not_skipped(
 
 
 @pytest.fixture(params=['share', 'export'])
-def command(request: pytest.FixtureRequest, folder: Path) -> Callable[..., int]:
+def command(request, folder):
     """A command on a net with some arguments and the images of `x`."""
 
-    def run(**kwargs: Any) -> int:
-        save_for_hf(net(**kwargs), 'net', model_args={'layers': (2, 3, 3), **kwargs}, safe_serialization=True)
+    def run(**kwargs):
+        save_folder(net(**kwargs), 'net', layers=(2, 3, 3), **kwargs)
         options = ['local-dir:net', '--calibration-dir', 'x', '--calibration-images', '3']
         if request.param == 'share':
             return share_main([*options, '--output', 'out', '--init', 'mean'])
@@ -211,14 +208,14 @@ def command(request: pytest.FixtureRequest, folder: Path) -> Callable[..., int]:
     return run
 
 
-def test_commands_take_train_alone_and_say_so(command: Callable[..., int], capsys: Any) -> None:
+def test_commands_take_train_alone_and_say_so(command, capsys):
     save(*(f'x/train/{i}.png' for i in range(4)), 'x/val/a.png')
     Path('x/val/a.png').write_bytes(b'not to be read')
     assert command() == 0
     assert ' on 3 of 4 images of x/train\n' in capsys.readouterr().out
 
 
-def test_commands_calibrate_nets_of_one_channel(command: Callable[..., int]) -> None:
+def test_commands_calibrate_nets_of_one_channel(command):
     save('x/a.png', 'x/b.png')
     assert command(in_chans=1) == 0
 
@@ -232,14 +229,7 @@ def test_commands_calibrate_nets_of_one_channel(command: Callable[..., int]) -> 
         (['x/a.png', 'x/truncated.jpg'], {}, 'x/truncated.jpg cannot be read: image file is truncated'),
     ],
 )
-def test_commands_refuse_in_one_line_and_leave_nothing(
-    folder: Path,
-    command: Callable[..., int],
-    capsys: Any,
-    names: List[str],
-    kwargs: Dict[str, int],
-    message: str,
-) -> None:
+def test_commands_refuse_in_one_line_and_leave_nothing(folder, command, capsys, names, kwargs, message):
     save(*names)
     for path in folder.glob('x/damaged.png'):
         path.write_bytes(b'no image')
@@ -252,13 +242,11 @@ def test_commands_refuse_in_one_line_and_leave_nothing(
 
 
 @pytest.mark.parametrize('error', [SafetensorError('I/O error: No space left on device'), OSError()])
-def test_share_says_what_is_wrong_with_its_output(
-    folder: Path, capsys: Any, monkeypatch: Any, error: Exception
-) -> None:
-    def save_nothing(*_: Any, **__: Any) -> None:
+def test_share_says_what_is_wrong_with_its_output(folder, capsys, monkeypatch, error):
+    def save_nothing(*_, **__):
         raise error
 
-    save_for_hf(net(), 'net', model_args={'layers': (2, 3, 3)}, safe_serialization=True)
+    save_folder(net(), 'net', layers=(2, 3, 3))
     monkeypatch.setattr(sys.modules['timm_sharesnet.sharing.__main__'], 'save_folder', save_nothing)
     assert share_main(['local-dir:net', '--output', 'out', '--init', 'mean']) == 2
     assert capsys.readouterr().err == f'share: out: {str(error) or "OSError"}\n'

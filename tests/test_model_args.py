@@ -3,16 +3,14 @@
 import ast
 import shlex
 from pathlib import Path
-from typing import Any, Dict, Tuple
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
 import yaml
-from models import create, error, images
+from models import create, error, images, save_folder, through_folder
 from plain_nets import NARROW, stages
-from timm.models import save_for_hf
 from timm.models.resnet import Bottleneck, ResNet
 
 from timm_sharesnet import CifarResNetV2, PreActWideBasic, share, unshare
@@ -21,20 +19,26 @@ from timm_sharesnet.preflight import build_model, train_parser
 from timm_sharesnet.share_rate import as_python
 from timm_sharesnet.sharing.__main__ import main
 
+
+@pytest.fixture
+def cwd(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 RUNS = [[1, 3], [5, 4, 2]], [[1, 4, 5], [2, 3]]  # tensors of the same names
 
 
 @pytest.mark.skipif(not hasattr(timm.models, 'get_model_args'), reason='timm 1.0.28 does not pass on what is saved')
-def test_saved_runs_are_not_replaced_by_others_of_the_same_names(tmp_path: Path) -> None:
+def test_saved_runs_are_not_replaced_by_others_of_the_same_names(tmp_path):
     model = create('resnet164_cifar', layers=(1, 1, 6))
     shared = share(model, (0, 0, RUNS[0]), init='mean')
-    save_for_hf(shared, str(tmp_path), safe_serialization=True)
+    save_folder(shared, tmp_path)
     name = f'local-dir:{tmp_path}'
     loaded = timm.create_model(name, pretrained=True, share_rate=(0, 1, [[3, 1], [2, 4, 5]])).eval()
     assert torch.equal(loaded(images(model)), shared(images(model)))
     with pytest.raises(RuntimeError, match='other blocks share than with the share_rate that was given'):
         timm.create_model(name, pretrained=True, share_rate=(0, 0, RUNS[1]))
-    kwargs: Dict[str, Any] = dict(pretrained=True, layers=(1, 1, 6))
+    kwargs = dict(pretrained=True, layers=(1, 1, 6))
     kwargs['pretrained_cfg_overlay'] = dict(file=f'{tmp_path}/model.safetensors')
     loaded = timm.create_model('sharesnet164_cifar', share_rate=(0, 0, RUNS[0]), **kwargs).eval()
     assert torch.equal(loaded(images(model)), shared(images(model)))
@@ -44,13 +48,11 @@ def test_saved_runs_are_not_replaced_by_others_of_the_same_names(tmp_path: Path)
 
 
 @pytest.mark.parametrize('indices', [(0, 1), (1, 2), (0, 1, 2, 3)])
-def test_a_saved_net_of_several_kernels_loads_as_a_backbone_of_some_stages(
-    tmp_path: Path, indices: Tuple[int, ...]
-) -> None:
+def test_a_saved_net_of_several_kernels_loads_as_a_backbone_of_some_stages(tmp_path, indices):
     model = create('sharesnet164_cifar', layers=(5, 5, 5), share_rate=0.5)
-    args = dict(layers=(5, 5, 5), share_rate=0.5)
-    save_for_hf(model, str(tmp_path), model_args=args, safe_serialization=True)
-    kwargs: Dict[str, Any] = dict(pretrained=True, features_only=True, out_indices=indices)
+    args = model.made_by[1]
+    save_folder(model, tmp_path, **args)
+    kwargs = dict(pretrained=True, features_only=True, out_indices=indices)
     backbone = timm.create_model(f'local-dir:{tmp_path}', **kwargs).eval()
     expected = model.forward_intermediates(images(model), indices=list(indices), intermediates_only=True)
     assert all(map(torch.equal, backbone(images(model)), expected))
@@ -85,12 +87,9 @@ def built_by_train_py(line: str) -> nn.Module:
         ('resnet34', dict(NARROW, block_args=dict(attn_layer='eca')), '1', 'attn_layer'),
     ],
 )
-def test_options_that_the_command_prints_build_what_it_wrote(
-    tmp_path: Path, monkeypatch: Any, capsys: Any, name: str, kwargs: Dict[str, Any], rate: str, options: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_options_that_the_command_prints_build_what_it_wrote(cwd, capsys, name, kwargs, rate, options):
     model = create(name, **kwargs)
-    save_for_hf(model, 'a net', model_args=kwargs, safe_serialization=True)
+    save_folder(model, 'a net', **kwargs)
     assert main(['local-dir:a net', '--rate', rate, '--init', 'mean', '--output', 'a shared net']) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert options in line and line.endswith("--initial-checkpoint 'a shared net/model.safetensors'")
@@ -100,7 +99,7 @@ def test_options_that_the_command_prints_build_what_it_wrote(
     assert error(shared(x), share(model, as_python(ast.literal_eval(rate)), init='mean')(x)) < 1e-6
 
 
-def test_printed_options_have_the_rates_of_training_and_the_preprocessing() -> None:
+def test_printed_options_have_the_rates_of_training_and_the_preprocessing():
     model = timm.create_model(
         'resnet164_cifar',
         layers=(2, 2, 2),
@@ -122,10 +121,7 @@ def test_printed_options_have_the_rates_of_training_and_the_preprocessing() -> N
     assert data == timm.data.resolve_data_config({}, model=shared)
 
 
-def test_checkpoint_is_shared_with_the_arguments_that_it_was_trained_with(
-    tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_checkpoint_is_shared_with_the_arguments_that_it_was_trained_with(cwd, capsys):
     model = create('resnet164_cifar', layers=(2, 2, 2), in_chans=1, act_layer='silu', num_classes=4)
     torch.save(model.state_dict(), 'plain.pth')
     argv = ['resnet164_cifar', '--checkpoint', 'plain.pth', '--num-classes', '4', '--in-chans', '1', '--init', 'mean']
@@ -145,10 +141,7 @@ def test_checkpoint_is_shared_with_the_arguments_that_it_was_trained_with(
         (dict(global_pool='max', drop_rate=0.1), dict(gp='max', drop=0.1, input_size=[3, 32, 32]), '--gp max'),
     ],
 )
-def test_checkpoint_of_train_py_is_compared_with_its_args(
-    tmp_path: Path, monkeypatch: Any, capsys: Any, kwargs: Dict[str, Any], args: Dict[str, Any], options: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_checkpoint_of_train_py_is_compared_with_its_args(cwd, capsys, kwargs, args, options):
     Path('run').mkdir()
     torch.save({'state_dict': create('resnet92_cifar', **kwargs).state_dict(), 'epoch': 1}, 'run/last.pth.tar')
     Path('run/args.yaml').write_text(yaml.safe_dump({'model': 'resnet92_cifar', 'num_classes': None, **args}))
@@ -159,12 +152,9 @@ def test_checkpoint_of_train_py_is_compared_with_its_args(
     assert main([*argv, '--model-kwargs', *(f'{k}={v}' for k, v in kwargs.items())]) == 0
 
 
-def test_checkpoint_of_other_runs_than_its_config_says_is_refused(
-    tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    kwargs: Dict[str, Any] = dict(layers=(2, 2, 2), act_layer='silu')
-    save_for_hf(create('resnet164_cifar', **kwargs), 'plain', model_args=kwargs, safe_serialization=True)
+def test_checkpoint_of_other_runs_than_its_config_says_is_refused(cwd, capsys):
+    kwargs = dict(layers=(2, 2, 2), act_layer='silu')
+    save_folder(create('resnet164_cifar', **kwargs), 'plain', **kwargs)
     argv = ['resnet164_cifar', '--checkpoint', 'plain/model.safetensors', '--init', 'mean', '--output', 'out']
     assert main([*argv, '--model-kwargs', 'layers=(2,2,2)']) == 2
     err = capsys.readouterr().err
@@ -175,56 +165,49 @@ def test_checkpoint_of_other_runs_than_its_config_says_is_refused(
 
 
 @pytest.mark.parametrize('net', ['resnet50', 'resnet164_cifar', 'seresnet50'])
-def test_a_shared_net_at_rate_0_is_shared_under_its_own_name(tmp_path: Path, net: str) -> None:
+def test_a_shared_net_at_rate_0_is_shared_under_its_own_name(tmp_path, net):
     name = {'seresnet50': 'sharesnet'}.get(net, f'sha{net}')
     base = dict(base=net) if name == 'sharesnet' else {}
-    kwargs: Dict[str, Any] = dict(layers=(2, 3, 2) if 'cifar' in net else (2, 3, 2, 1), num_classes=10)
+    kwargs = dict(layers=(2, 3, 2) if 'cifar' in net else (2, 3, 2, 1), num_classes=10)
     model = create(name, **base, **kwargs, share_rate=0.0)
     shared = share(model, 0.5, init='first')
     assert shared.pretrained_cfg['architecture'] == name
     if not hasattr(timm.models, 'get_model_args'):  # timm 1.0.28 records none
         shared._model_args.update(kwargs)
     assert not unlike_its_name(shared)
-    save_for_hf(shared, str(tmp_path), model_args=shared._model_args, safe_serialization=True)
-    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
-    assert torch.equal(loaded(images(model)), shared(images(model)))
+    assert torch.equal(through_folder(shared, tmp_path, **shared._model_args)(images(model)), shared(images(model)))
 
 
 @pytest.mark.parametrize('base', ['seresnet50', 'resnet50.a1_in1k', 'wrn28_10'])
-def test_unshared_a_net_of_any_base_is_that_base(tmp_path: Path, base: str) -> None:
+def test_unshared_a_net_of_any_base_is_that_base(tmp_path, base):
     layers = (1, 2, 1) if base == 'wrn28_10' else (2, 1, 1, 1)
     model = create('sharesnet', base=base, layers=layers)
     plain = unshare(model)
     assert plain.pretrained_cfg['architecture'] == base.partition('.')[0]
-    save_for_hf(plain, str(tmp_path), model_args=dict(layers=layers), safe_serialization=True)
-    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    loaded = through_folder(plain, tmp_path, layers=layers)
     assert not stages(loaded) or all(stage.conv is None for stage in stages(loaded))
     assert torch.equal(loaded(images(model)), plain(images(model)))
 
 
-def test_a_new_classifier_is_saved_with_the_net(tmp_path: Path) -> None:
+def test_a_new_classifier_is_saved_with_the_net(tmp_path):
     model = create('resnet164_cifar')
     model.reset_classifier(7)
     shared = share(model, 0.5, init='mean')
     assert 'does not build it again' not in str(shared.share_report)
-    save_for_hf(shared, str(tmp_path), model_args=shared._model_args, safe_serialization=True)
-    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
-    assert torch.equal(loaded(images(model)), shared(images(model)))
+    assert torch.equal(through_folder(shared, tmp_path, **shared._model_args)(images(model)), shared(images(model)))
     assert '--num-classes 7' in shlex.join(options_for_train(shared))
 
 
-def test_a_base_with_a_tag_makes_a_net_that_is_shared_again_and_loads(tmp_path: Path) -> None:
+def test_a_base_with_a_tag_makes_a_net_that_is_shared_again_and_loads(tmp_path):
     model = create('sharesnet', base='seresnet50.ra2_in1k', layers=(2, 1, 1, 1), share_rate=0.0)
     shared = share(model)
     assert shared._model_args['base'] == 'seresnet50'
-    args = {**shared._model_args, 'layers': (2, 1, 1, 1)}
-    save_for_hf(shared, str(tmp_path), model_args=args, safe_serialization=True)
-    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    loaded = through_folder(shared, tmp_path, **{**shared._model_args, 'layers': (2, 1, 1, 1)})
     assert torch.equal(loaded(images(model)), shared(images(model)))
     assert loaded.pretrained_cfg['crop_pct'] == shared.pretrained_cfg['crop_pct']
 
 
-def test_a_net_made_from_its_class_is_shared_and_the_report_says_that_it_has_no_name() -> None:
+def test_a_net_made_from_its_class_is_shared_and_the_report_says_that_it_has_no_name():
     model = ResNet(Bottleneck, (2, 2, 1, 1)).eval()
     shared = share(model, 0.0)
     assert error(shared(torch.ones(1, 3, 64, 64)), model(torch.ones(1, 3, 64, 64))) < 1e-6
@@ -234,7 +217,7 @@ def test_a_net_made_from_its_class_is_shared_and_the_report_says_that_it_has_no_
 
 
 @pytest.mark.parametrize('name, left', [('resnet50', 2), ('resnet164_cifar', 2), ('resnet34', 1)])
-def test_a_pruned_net_shares_the_stages_that_are_left(name: str, left: int) -> None:
+def test_a_pruned_net_shares_the_stages_that_are_left(name, left):
     model = create(name)
     model.prune_intermediate_layers([left])
     x = images(model)

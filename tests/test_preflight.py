@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
+from models import save_folder
 from safetensors.torch import save_file
 from timm.data.transforms import _str_to_torch_interpolation
 from timm.models import save_for_hf
@@ -21,6 +22,8 @@ from timm_sharesnet.preflight import main, train_options, train_parser
 from timm_sharesnet.preflight.values import RANGES, VALUES
 
 NO_OPTION = 'not an option of train.py (timm 1.0.29.dev0)'
+WDS = 'hfids/timm/imagenet-1k-wds'
+CIFAR = '--dataset torch/cifar10 --dataset-download'
 TRAIN_CONFIGS = Path(__file__).parents[1] / 'train_configs'
 CONFIG = {
     'model': 'resnet92_cifar',
@@ -55,8 +58,11 @@ def add_images(split, classes, first=0):
 def change(**changes):
     """Rewrite c.yaml with some keys changed, None removes one."""
     config = {k: v for k, v in {**CONFIG, **changes}.items() if v is not None}
-    with open('c.yaml', 'w') as f:
-        f.write(yaml.safe_dump(config))
+    Path('c.yaml').write_text(yaml.safe_dump(config))
+
+
+def resnet92(**kwargs):
+    return timm.create_model('resnet92_cifar', **kwargs)
 
 
 def save_checkpoint(path, model='resnet92_cifar', **more):
@@ -96,10 +102,9 @@ def test_accepts_our_configs_with_the_data_that_they_are_for(tmp_path, monkeypat
     teacher = config.get('kd_model_name', '')
     if teacher.startswith('local-dir:'):
         folder = teacher.removeprefix('local-dir:')
-        save_for_hf(timm.create_model(Path(folder).name), folder, safe_serialization=True)
+        save_folder(timm.create_model(Path(folder).name), folder)
     if 'initial_checkpoint' in config:
-        start = Path(config['initial_checkpoint']).parent
-        save_for_hf(timm.create_model(config['model']), str(start), safe_serialization=True)
+        save_folder(timm.create_model(config['model']), Path(config['initial_checkpoint']).parent)
     assert main([str(path), '--dataset', '', '--data-dir', 'data', '--device', 'cpu', '-b', '8']) == 0
     assert f'model   {config["model"]}: ' in capsys.readouterr().out
 
@@ -113,8 +118,7 @@ def test_command_line_wins_over_the_config(folder, capsys):
 def test_accepts_the_args_yaml_that_train_py_writes(folder, capsys):
     parser = train_parser()
     parser.set_defaults(**CONFIG)
-    with open('c.yaml', 'w') as f:
-        f.write(yaml.safe_dump(vars(parser.parse_args([]))))
+    Path('c.yaml').write_text(yaml.safe_dump(vars(parser.parse_args([]))))
     accepted(capsys)
 
 
@@ -285,13 +289,10 @@ def test_refuses_a_config_that_is_not_there(folder, capsys):
         ('--num-classes 12', 'num_classes: 12 (but data/train has 10 classes).'),
         ('--dataset torch/cifar100 --dataset-download', 'num_classes: 10 (but torch/cifar100 has 100 classes).'),
         (
-            '--dataset torch/cifar10 --dataset-download --train-split training_set',
-            "train_split: timm takes 'training_set' for the test set of torch/cifar10",
+            f'{CIFAR} --train-split training_set',
+            "train_split: timm takes 'training_set' for the test set of torch",
         ),
-        (
-            '--dataset torch/cifar10 --dataset-download --val-split train',
-            "val_split: timm takes 'train' for the training set of torch/cifar10",
-        ),
+        (f'{CIFAR} --val-split train', "val_split: timm takes 'train' for the training set of torch/cifar10"),
     ],
 )
 def test_refuses_wrong_options_and_values(folder, capsys, options, message):
@@ -337,10 +338,7 @@ def test_accepts_what_train_py_takes(folder, capsys, options):
         ('--model sharesnet164_cifar --pretrained', 'of sharesnet164_cifar: load'),
         ('--model resnet50 --img-size 64 --pretrained', 'of resnet50: NOT CHECKED, they are downloaded'),
         ('--kd-model-name sharesnet164_cifar', 'sharesnet164_cifar: 10 classes, weights NOT CHECKED'),
-        (
-            '--dataset hfids/timm/imagenet-1k-wds --num-classes 1000 --model sharesnet34',
-            'hfids/timm/imagenet-1k-wds: splits, classes and access NOT CHECKED',
-        ),
+        (f'--dataset {WDS} --num-classes 1000 --model sharesnet34', f'{WDS}: splits, classes and access NOT CHECKED'),
     ],
 )
 def test_says_what_needs_more_or_is_not_checked(folder, capsys, options, said):
@@ -425,8 +423,8 @@ def test_refuses_a_split_for_which_timm_would_take_everything(folder, capsys):
 
 
 def test_refuses_a_split_without_images(folder, capsys):
-    for i in range(10):
-        (folder / 'data' / 'test' / f'class{i}' / '0.png').rename(folder / 'data' / 'test' / f'class{i}' / '0.txt')
+    for path in sorted((folder / 'data' / 'test').rglob('0.png')):
+        path.rename(path.with_suffix('.txt'))
     assert refused(capsys) == 'val_split: there are no images in data/test.'
 
 
@@ -483,20 +481,11 @@ def test_refuses_splits_with_different_classes(folder, capsys):
     assert "'class3' is in data/train, not in data/test" in refused(capsys)
 
 
-@pytest.mark.parametrize(
-    'model, size, fits',
-    [
-        ('sharesnet164_cifar', 32, True),
-        ('sharesnet164_cifar', 96, True),
-        ('sharesnet164_cifar', 224, False),
-        ('sharesnet34', 64, True),
-        ('sharesnet34', 224, True),
-        ('sharesnet34', 32, False),
-    ],
-)
-def test_image_size_must_fit_the_net(folder, capsys, model, size, fits):
+@pytest.mark.parametrize('size', [32, 64, 96, 224])
+@pytest.mark.parametrize('model, fit', [('sharesnet164_cifar', (32, 64, 96)), ('sharesnet34', (64, 96, 224))])
+def test_image_size_must_fit_the_net(folder, capsys, model, size, fit):
     change(model=model, img_size=size)
-    if fits:
+    if size in fit:
         assert f'{size} x {size} px' in accepted(capsys)
     else:
         assert refused(capsys).startswith(f'img_size: {size} px does not fit {model}')
@@ -523,29 +512,28 @@ def test_refuses_folders_of_images_as_a_torch_dataset_and_says_how_to_name_them(
 
 def test_torch_dataset_that_is_there_is_counted(folder, capsys, monkeypatch):
     monkeypatch.setattr('torchvision.datasets.cifar.check_integrity', lambda path, md5: os.path.isfile(path))
+    files = {'batches.meta': {'label_names': [str(i) for i in range(10)]}}
+    for name, size in {**{f'data_batch_{i}': 3 for i in range(1, 6)}, 'test_batch': 4}.items():
+        files[name] = {'data': torch.zeros(size, 3072, dtype=torch.uint8).numpy(), 'labels': [0] * size}
     (folder / 'data' / 'cifar-10-batches-py').mkdir()
-    names = {f'data_batch_{i}': 3 for i in range(1, 6)} | {'test_batch': 4}
-    for name, size in names.items():
-        batch = {'data': torch.zeros(size, 3072, dtype=torch.uint8).numpy(), 'labels': [0] * size}
-        (folder / 'data' / 'cifar-10-batches-py' / name).write_bytes(pickle.dumps(batch))
-    meta = {'label_names': [str(i) for i in range(10)]}
-    (folder / 'data' / 'cifar-10-batches-py' / 'batches.meta').write_bytes(pickle.dumps(meta))
+    for name, content in files.items():
+        (folder / 'data' / 'cifar-10-batches-py' / name).write_bytes(pickle.dumps(content))
     change(dataset='torch/cifar10')
     assert 'torch/cifar10 in data: train 15 images, test 4 images, 10 classes' in accepted(capsys)
 
 
 def test_accepts_checkpoints_of_the_model(folder, capsys):
     save_checkpoint('last.pth.tar')
-    save_file(timm.create_model('resnet92_cifar').state_dict(), 'model.safetensors')
+    save_file(resnet92().state_dict(), 'model.safetensors')
     summary = accepted(capsys, '--resume', 'last.pth.tar', '--initial-checkpoint', 'model.safetensors')
-    assert 'last.pth.tar: all 551 tensors of the model' in summary
-    assert 'model.safetensors: all 551 tensors of the model' in summary
+    for path in 'last.pth.tar', 'model.safetensors':
+        assert f'{path}: all 551 tensors of the model' in summary
 
 
 @pytest.mark.parametrize('option', ['--resume', '--initial-checkpoint'])
 def test_refuses_checkpoints_that_are_damaged_missing_diverged_or_of_another_model(folder, capsys, option):
     key = option.lstrip('-').replace('-', '_')
-    weights = timm.create_model('resnet92_cifar').state_dict()
+    weights = resnet92().state_dict()
     torch.save({'epoch': 3, 'state_dict': {**weights, 'fc.bias': weights['fc.bias'] / 0}}, 'diverged.pth')
     message = 'diverged.pth is not a checkpoint of resnet92_cifar: fc.bias has values that are not finite.'
     assert refused(capsys, option, 'diverged.pth') == f'{key}: {message}'
@@ -553,8 +541,7 @@ def test_refuses_checkpoints_that_are_damaged_missing_diverged_or_of_another_mod
     save_checkpoint('wide.pth', 'wrn40_4')
     assert refused(capsys, option, 'wide.pth').startswith(f'{key}: wide.pth is not a checkpoint of resnet92_cifar: ')
     save_checkpoint('last.pth')
-    with open('last.pth', 'r+b') as f:
-        f.truncate(1_000_000)
+    os.truncate('last.pth', 1_000_000)
     assert refused(capsys, option, 'last.pth').startswith(f'{key}: last.pth is damaged or no checkpoint')
 
 
@@ -585,8 +572,7 @@ def test_names_the_way_that_loads_a_checkpoint_with_another_number_of_classes(fo
 )
 def test_weights_are_not_those_of_a_net_that_computes_something_else(folder, capsys, saved, options, fault):
     kwargs = dict(layers=(2, 2, 6))
-    model = timm.create_model('resnet92_cifar', **kwargs, **saved)
-    save_for_hf(model, 'run', model_args={**kwargs, **saved}, safe_serialization=True)
+    save_folder(resnet92(**kwargs, **saved), 'run', **kwargs, **saved)
     change(model_kwargs=kwargs)
     kwargs_option = ['--model-kwargs', 'layers=(2,2,6)', *options]
     ways = [['--initial-checkpoint'], ['--pretrained', '--pretrained-path']]
@@ -630,7 +616,7 @@ def test_refuses_to_resume_what_has_no_epoch_left(folder, capsys):
 
 
 def test_resume_needs_more_than_weights(folder, capsys):
-    save_file(timm.create_model('resnet92_cifar').state_dict(), 'model.safetensors')
+    save_file(resnet92().state_dict(), 'model.safetensors')
     assert refused(capsys, '--resume', 'model.safetensors').startswith('resume: model.safetensors has weights only')
 
 
@@ -641,8 +627,8 @@ class Touch:
 
 def test_runs_no_code_of_a_checkpoint_and_does_not_advise_to(folder, capsys):
     save_checkpoint('more.pth', extra=Touch())
-    torch.save(timm.create_model('resnet92_cifar'), 'model.pth')
-    torch.save(timm.create_model('resnet92_cifar'), 'old.pth', _use_new_zipfile_serialization=False)
+    torch.save(resnet92(), 'model.pth')
+    torch.save(resnet92(), 'old.pth', _use_new_zipfile_serialization=False)
     torch.jit.save(torch.jit.script(torch.nn.ReLU()), 'script.pth')
     for path in 'more.pth', 'model.pth', 'old.pth', 'script.pth':
         message = refused(capsys, '--initial-checkpoint', path)
@@ -656,14 +642,13 @@ def test_says_of_files_that_are_no_checkpoint_what_they_are_in_a_sentence(folder
     Path('empty.pth').touch()
     Path('zip.pth').write_bytes(b'PK\x03\x04')
     Path('weights.safetensors').write_bytes(b'x' * 50)
-    for path in 'text.pth', 'empty.pth', 'zip.pth', 'weights.safetensors':
-        message = f'initial_checkpoint: {path} is damaged or no checkpoint, torch cannot read it.'
-        assert refused(capsys, '--initial-checkpoint', path) == message
     torch.save(torch.zeros(3), 'tensor.pth')
     torch.save({'net': {}, 'epoch': 3}, 'nested.pth')
-    for path in 'tensor.pth', 'nested.pth':
-        message = f'initial_checkpoint: {path} is no checkpoint: it does not hold a state_dict, names with tensors.'
-        assert refused(capsys, '--initial-checkpoint', path) == message
+    damaged = 'damaged or no checkpoint, torch cannot read it.'
+    other = 'no checkpoint: it does not hold a state_dict, names with tensors.'
+    faults = dict.fromkeys(('text.pth', 'empty.pth', 'zip.pth', 'weights.safetensors'), damaged)
+    for path, fault in {**faults, 'tensor.pth': other, 'nested.pth': other}.items():
+        assert refused(capsys, '--initial-checkpoint', path) == f'initial_checkpoint: {path} is {fault}'
 
 
 def test_teacher_folder_must_load_and_have_the_classes_of_the_student(folder, capsys):
@@ -673,19 +658,18 @@ def test_teacher_folder_must_load_and_have_the_classes_of_the_student(folder, ca
     os.mkfifo('teacher/config.json')
     assert refused(capsys).startswith('kd_model_name: teacher has no file config.json')
     os.unlink('teacher/config.json')
-    save_for_hf(timm.create_model('resnet92_cifar'), 'teacher', safe_serialization=True)
+    save_folder(resnet92(), 'teacher')
     assert 'local-dir:teacher: 10 classes, loads' in accepted(capsys)
-    save_for_hf(timm.create_model('resnet92_cifar', num_classes=11), 'teacher', safe_serialization=True)
+    save_folder(resnet92(num_classes=11), 'teacher')
     assert refused(capsys) == 'kd_model_name: local-dir:teacher has 11 classes, the student 10.'
-    with open('teacher/model.safetensors', 'r+b') as f:
-        f.truncate(1_000_000)
+    os.truncate('teacher/model.safetensors', 1_000_000)
     assert refused(capsys).startswith('kd_model_name: local-dir:teacher cannot be loaded: SafetensorError: ')
 
 
 def test_teacher_folder_that_is_no_model_is_refused_in_a_sentence(folder, capsys):
     change(kd_model_name='local-dir:teacher')
-    save_for_hf(timm.create_model('resnet92_cifar'), 'teacher', safe_serialization=False)
-    torch.save(timm.create_model('resnet92_cifar'), 'teacher/pytorch_model.bin')
+    save_for_hf(resnet92(), 'teacher', safe_serialization=False)
+    torch.save(resnet92(), 'teacher/pytorch_model.bin')
     assert refused(capsys).startswith('kd_model_name: local-dir:teacher is a pickled model or holds other objects')
     Path('teacher/pytorch_model.bin').write_text('export FOO=1\n')
     message = 'kd_model_name: local-dir:teacher cannot be loaded: its weights or its config.json '
@@ -710,8 +694,7 @@ def test_paths_with_blanks_and_in_other_scripts_work(folder, capsys):
     ],
 )
 def test_as_a_module_it_prints_one_line_and_no_traceback(folder, flags, options, message):
-    with open('last.pth', 'wb') as f:
-        f.write(b'PK\x03\x04 no checkpoint')
+    Path('last.pth').write_bytes(b'PK\x03\x04 no checkpoint')
     command = [sys.executable, *flags, '-m', 'timm_sharesnet.preflight', 'c.yaml', *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, '')

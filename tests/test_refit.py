@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from typing import Any, Dict, List
+from typing import List
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 from models import create, error
-from plain_nets import NARROW, PLAIN, noise, stages
+from plain_nets import NARROW, PLAIN, batch_norms, noise, stages
 from timm.utils.model import freeze_batch_norm_2d
 
 from timm_sharesnet import share, unshare
@@ -28,7 +28,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     'name, kwargs',
     [pytest.param(*PLAIN[i], marks=[pytest.mark.slow] * (i not in (1, 2, 8, 14))) for i in range(1, len(PLAIN))],
 )
-def test_refitted_it_is_nearer_to_the_model_in_every_stage(name: str, kwargs: Dict[str, Any]) -> None:
+def test_refitted_it_is_nearer_to_the_model_in_every_stage(name, kwargs):
     model = create(name, **kwargs)
     batches = noise(model, 4, 16)
     model = unshare(share(model, 0.0, images=batches))  # so that its statistics are theirs
@@ -41,7 +41,7 @@ def test_refitted_it_is_nearer_to_the_model_in_every_stage(name: str, kwargs: Di
 
 
 @pytest.mark.parametrize('name, kwargs', [PLAIN[i] for i in (1, 2, 8, 10, 13)])
-def test_last_layer_is_found_again(name: str, kwargs: Dict[str, Any]) -> None:
+def test_last_layer_is_found_again(name, kwargs):
     model = create(name, **kwargs)
     batches = noise(model, 2, 32)
     shared = share(model, 1.0, 'mean', batches, refit=False)
@@ -60,7 +60,7 @@ def test_last_layer_is_found_again(name: str, kwargs: Dict[str, Any]) -> None:
         assert difference(found, expected) < 0.2 < difference(damaged, expected)
 
 
-def test_blocks_that_add_nothing_still_do() -> None:
+def test_blocks_that_add_nothing_still_do():
     batches = [torch.randn(8, 3, 64, 64)]
     model = unshare(share(timm.create_model('resnet50', **NARROW), 0.0, images=batches))  # its last norms scale by zero
     for stage in stages(share(model, 1.0, 'mean', batches)):
@@ -68,7 +68,7 @@ def test_blocks_that_add_nothing_still_do() -> None:
             assert block.bn3.weight.abs().max() < 1e-3 and all(p.isfinite().all() for p in block.parameters())
 
 
-def test_last_1x1_before_another_norm_stays_and_the_report_says_so() -> None:
+def test_last_1x1_before_another_norm_stays_and_the_report_says_so():
     model = create('resnet50', norm_layer='groupnorm', **dict(NARROW, channels=(32, 32, 64, 64)))
     shared = share(model, 1.0, 'mean', [torch.randn(8, 3, 64, 64)])
     assert torch.equal(shared.layer2[2].conv3.weight, model.layer2[2].conv3.weight)
@@ -80,7 +80,7 @@ def test_last_1x1_before_another_norm_stays_and_the_report_says_so() -> None:
     assert 'not refitted' not in str(wide.share_report)  # after its 3x3 there is nothing to fit
 
 
-def test_controls_keep_the_kernel_and_groups_its_mean() -> None:
+def test_controls_keep_the_kernel_and_groups_its_mean():
     batches = [torch.randn(8, 3, 64, 64)]
     for init in 'first', 'random':
         torch.manual_seed(0)
@@ -94,26 +94,24 @@ def test_controls_keep_the_kernel_and_groups_its_mean() -> None:
     assert torch.equal(one.layer2.conv.weight, two.layer2.conv.weight)
 
 
-def test_statistics_are_those_of_the_images() -> None:
+def test_statistics_are_those_of_the_images():
     model = create('resnet164_cifar', layers=(3, 3, 3))
     batches = torch.randn(3, 8, 3, 32, 32).unbind()
     shared = share(model, images=[(batch, torch.zeros(8)) for batch in batches])
     expected = copy.deepcopy(shared)
-    for norm in (m for m in expected.modules() if isinstance(m, nn.BatchNorm2d)):
+    for norm in batch_norms(expected):
         norm.reset_running_stats()
         norm.momentum = None
     expected.train()
     with torch.no_grad():
         for batch in batches:
             expected(batch)
-    for name, value in shared.state_dict().items():
-        torch.testing.assert_close(value, expected.state_dict()[name], msg=name)
-    norms = [m for m in shared.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert all(norm.momentum == 0.1 and not norm.training for norm in norms)
+    torch.testing.assert_close(shared.state_dict(), expected.state_dict())
+    assert all(norm.momentum == 0.1 and not norm.training for norm in batch_norms(shared))
 
 
 @pytest.mark.parametrize('refit', [True, False])
-def test_images_may_come_from_a_generator_and_none_are_an_error(refit: bool) -> None:
+def test_images_may_come_from_a_generator_and_none_are_an_error(refit):
     model = create('resnet164_cifar', layers=(3, 3, 3)).train()
     shared = share(model, images=iter(torch.randn(2, 4, 3, 32, 32)), refit=refit)
     assert all(m.training for m in (*model.modules(), *shared.modules()))
@@ -122,7 +120,7 @@ def test_images_may_come_from_a_generator_and_none_are_an_error(refit: bool) -> 
         share(model, images=[], refit=refit)
 
 
-def test_images_count_the_same_in_batches_of_any_size() -> None:
+def test_images_count_the_same_in_batches_of_any_size():
     model = create('resnet164_cifar', layers=(3, 3, 3))
     x = noise(model, 1, 33)[0] * torch.linspace(0.5, 3, 33)[:, None, None, None]
     for batches in [x[:32], x[32:]], [x[:1], x[1:]], [x[:16], x[:0], x[16:]]:
@@ -150,20 +148,17 @@ def test_images_count_the_same_in_batches_of_any_size() -> None:
         ([torch.randn(3, 32, 32)], r'shape \(3, 32, 32\)'),
         ([torch.randn(8, 1, 32, 32)], r'shape \(8, 1, 32, 32\)'),
         ([torch.full((8, 3, 32, 32), float('nan'))], 'batch 0 has values that are not finite'),
-        (
-            [torch.randn(4, 3, 32, 32), torch.full((1, 3, 32, 32), float('inf'))],
-            'batch 1 has values that are not finite',
-        ),
+        ([torch.randn(4, 3, 32, 32), torch.full((1, 3, 32, 32), torch.inf)], 'batch 1 has values that are not finite'),
         ([torch.randn(0, 3, 32, 32)], 'images is empty'),
         (iter([torch.randn(0, 3, 32, 32)] * 2), 'images is empty'),
     ],
 )
-def test_images_that_are_none_are_refused(images: Any, message: str, refit: bool) -> None:
+def test_images_that_are_none_are_refused(images, message, refit):
     with pytest.raises((TypeError, ValueError), match=message):
         share(create('resnet164_cifar', layers=(3, 3, 3)), images=images, refit=refit)
 
 
-def test_images_are_taken_in_any_precision() -> None:
+def test_images_are_taken_in_any_precision():
     model = create('resnet164_cifar', layers=(3, 3, 3)).double()
     x = torch.randn(8, 3, 32, 32)
     assert error(share(model, images=[x])(x.double()), share(model, images=[x.double()])(x.double())) == 0
@@ -174,7 +169,7 @@ def test_images_are_taken_in_any_precision() -> None:
 )
 @pytest.mark.parametrize('fault', ['inputs of zero', 'kernels of zero', 'one kernel of zero', 'all of zero'])
 @pytest.mark.parametrize('name, kwargs', [PLAIN[i] for i in (1, 2, 13, 14)])
-def test_channels_that_are_dead_stay_finite(name: str, kwargs: Dict[str, Any], fault: str, init: str) -> None:
+def test_channels_that_are_dead_stay_finite(name, kwargs, fault, init):
     model = create(name, **kwargs)
     for i, block in enumerate(block for stage in (model.layer1, model.layer2) for block in stage):
         if fault in ('inputs of zero', 'all of zero'):
@@ -189,7 +184,7 @@ def test_channels_that_are_dead_stay_finite(name: str, kwargs: Dict[str, Any], f
         assert shared(noise(model, 1, 2)[0]).isfinite().all()
 
 
-def test_a_stage_that_is_off_keeps_its_kernels_mean() -> None:
+def test_a_stage_that_is_off_keeps_its_kernels_mean():
     model = create('resnet164_cifar', layers=(4, 3, 3))
     for block in model.layer1:
         nn.init.zeros_(block.bn2.weight)
@@ -198,7 +193,7 @@ def test_a_stage_that_is_off_keeps_its_kernels_mean() -> None:
     assert error(shared.layer1.conv.weight, share(model, init='mean').layer1.conv.weight) < 1e-6
 
 
-def test_kernels_are_fitted_run_by_run(monkeypatch: Any) -> None:
+def test_kernels_are_fitted_run_by_run(monkeypatch):
     held: List[int] = []
     model = create('resnet164_cifar', layers=(13, 3, 3))
     solve = torch.linalg.solve
@@ -212,7 +207,7 @@ def test_kernels_are_fitted_run_by_run(monkeypatch: Any) -> None:
     assert len(held) >= 6 and max(held) <= 3
 
 
-def test_only_blocks_that_share_are_refitted() -> None:
+def test_only_blocks_that_share_are_refitted():
     model = create('resnet50', **dict(NARROW, layers=(2, 2, 2, 1)))  # in stages 2 to 4 one block alone can share
     shared = share(model, 1.0, 'mean', noise(model, 2, 8))
     assert torch.equal(shared.layer2[1].conv3.weight, model.layer2[1].conv3.weight)
@@ -220,14 +215,13 @@ def test_only_blocks_that_share_are_refitted() -> None:
     assert [merge.stage for merge in shared.share_report.merges] == ['layer1']
 
 
-def test_synchronised_batch_norms_are_refitted_and_frozen_ones_noted() -> None:
+def test_synchronised_batch_norms_are_refitted_and_frozen_ones_noted():
     model = create('resnet50', **NARROW)
     batches = noise(model, 2, 8)
     expected = share(model, 1.0, 'mean', batches)
     synchronised = share(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)), 1.0, 'mean', batches)
     assert type(synchronised.layer1[0].bn3) is nn.SyncBatchNorm
-    for name, value in synchronised.state_dict().items():
-        torch.testing.assert_close(value, expected.state_dict()[name], msg=name)
+    torch.testing.assert_close(synchronised.state_dict(), expected.state_dict())
     assert 'SyncBatchNorm' not in str(synchronised.share_report)  # it is built again as the same net
     frozen = freeze_batch_norm_2d(copy.deepcopy(model))
     report = str(share(frozen, 1.0, 'mean', batches).share_report)
@@ -235,6 +229,6 @@ def test_synchronised_batch_norms_are_refitted_and_frozen_ones_noted() -> None:
     assert 'frozen' not in str(expected.share_report)
 
 
-def test_one_value_a_channel_is_refused_with_what_to_do() -> None:
+def test_one_value_a_channel_is_refused_with_what_to_do():
     with pytest.raises(ValueError, match='batches of at least two images, or larger ones'):
         share(create('resnet50', **NARROW), images=[torch.randn(1, 3, 32, 32)], refit=False)

@@ -11,9 +11,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from additions import add
-from models import RUNS, SMALL, images, shared_name, small, unshared
+from models import RUNS, SMALL, images, shared_name, small, through_folder, unshared
+from plain_nets import batch_norms, stages
 from safetensors.torch import load_file, save_file
-from timm.models import checkpoint_seq, save_for_hf
+from timm.models import checkpoint_seq
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch.func import functional_call
@@ -22,6 +23,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_sharesnet import PreActBottleneck, PreActWideBasic, SharedStage
 
 pytestmark = pytest.mark.parametrize('kind', [*SMALL, *RUNS])
+
+
+@pytest.fixture
+def model(kind):
+    return small(kind)
+
+
+@pytest.fixture
+def x(model):
+    return images(model)
 
 
 def uses_by_name(model: nn.Module) -> Counter:
@@ -71,10 +82,8 @@ def test_gradient_of_the_shared_convolution_is_the_sum_over_its_uses(kind):
     torch.testing.assert_close(grads, sums, rtol=1e-9, atol=1e-12)
 
 
-def test_every_use_matters_to_the_output(kind):
+def test_every_use_matters_to_the_output(model, x):
     """Guards the tests above: with timm's initial batch norms a shared convolution would change nothing."""
-    model = small(kind)
-    x = images(model)
     before = model(x)
     for name in uses_by_name(model):
         weight = model.get_submodule(name).weight
@@ -89,23 +98,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
     x = images(model, 4)
     plain = loss_and_gradients(model, x)
     model.set_grad_checkpointing()
-    assert all(m.grad_checkpointing for m in model.modules() if isinstance(m, SharedStage))
+    assert all(stage.grad_checkpointing for stage in stages(model))
     torch.testing.assert_close(loss_and_gradients(model, x), plain, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_runs_in_half_precision_and_channels_last(kind, dtype):
-    model = small(kind)
-    x = images(model)
+def test_runs_in_half_precision_and_channels_last(model, x, dtype):
     expected = model(x)
     half = copy.deepcopy(model).to(dtype=dtype, memory_format=torch.channels_last)
-    output = half(x.to(dtype=dtype, memory_format=torch.channels_last))
-    assert output.dtype == dtype
-    assert F.cosine_similarity(output.float(), expected).min() > 0.99
+    outputs = [half(x.to(dtype=dtype, memory_format=torch.channels_last))]
     with torch.autocast('cpu', dtype):
-        output = model(x)
-    assert output.dtype == dtype
-    assert F.cosine_similarity(output.float(), expected).min() > 0.99
+        outputs.append(model(x))
+    for output in outputs:
+        assert output.dtype == dtype
+        assert F.cosine_similarity(output.float(), expected).min() > 0.99
 
 
 # ---- One tensor, one name
@@ -117,20 +123,14 @@ def test_each_tensor_has_one_name_and_one_storage(kind):
     assert len(set(storages)) == len(storages)
 
 
-def test_safetensors_and_hub_format_take_the_state_dict_as_it_is(kind, tmp_path):
-    model = small(kind)
+def test_safetensors_and_hub_format_take_the_state_dict_as_it_is(model, x, tmp_path):
     save_file(model.state_dict(), tmp_path / 'plain.safetensors')
     assert load_file(tmp_path / 'plain.safetensors').keys() == model.state_dict().keys()
-    name, kwargs = model.made_by
-    save_for_hf(model, str(tmp_path / 'hub'), model_args=kwargs, safe_serialization=True)
-    loaded = timm.create_model(f'local-dir:{tmp_path}/hub', pretrained=True).eval()
-    x = images(model)
-    assert torch.equal(loaded(x), model(x))
+    assert torch.equal(through_folder(model, tmp_path / 'hub', **model.made_by[1])(x), model(x))
 
 
 @pytest.mark.parametrize('ema_class', [ModelEmaV2, ModelEmaV3])
-def test_ema_decays_a_shared_weight_once_a_step(kind, ema_class):
-    model = small(kind)
+def test_ema_decays_a_shared_weight_once_a_step(model, ema_class):
     ema = ema_class(model, decay=0.9)
     before = copy.deepcopy(model.state_dict())
     for p in model.parameters():
@@ -140,9 +140,7 @@ def test_ema_decays_a_shared_weight_once_a_step(kind, ema_class):
         torch.testing.assert_close(v, 0.9 * before[k], msg=k)
 
 
-def test_deepcopy_and_pickle_keep_the_sharing(kind):
-    model = small(kind)
-    x = images(model)
+def test_deepcopy_and_pickle_keep_the_sharing(model, x):
     for twin in copy.deepcopy(model), pickle.loads(pickle.dumps(model)):
         assert torch.equal(twin(x), model(x))
         assert uses_by_name(twin) == uses_by_name(model)
@@ -151,10 +149,8 @@ def test_deepcopy_and_pickle_keep_the_sharing(kind):
         assert not torch.equal(twin(x), model(x))
 
 
-def test_to_empty_and_assign_keep_the_sharing(kind):
-    model = small(kind)
+def test_to_empty_and_assign_keep_the_sharing(model, x):
     name, kwargs = model.made_by
-    x = images(model)
     for assign in True, False:
         other = timm.create_model(name, device='meta', **kwargs).eval()
         if not assign:
@@ -176,16 +172,14 @@ def test_functional_call_replaces_every_use(kind):
 # ---- What others see of it
 
 
-def test_forward_hooks_see_every_use(kind):
-    model = small(kind)
+def test_forward_hooks_see_every_use(model):
     expected = uses_by_name(model)
     count = calls(model, images(model))
     assert {name: count[name] for name in expected} == dict(expected)
     assert set(count.values()) == {1, *expected.values()}
 
 
-def test_flop_counter_counts_every_use(kind):
-    model = small(kind)
+def test_flop_counter_counts_every_use(model):
     flops = []
     for net in model, unshared(model):
         with FlopCounterMode(display=False) as counter:
@@ -194,9 +188,7 @@ def test_flop_counter_counts_every_use(kind):
     assert flops[0] == flops[1] > 0
 
 
-def test_convolution_replaced_by_name_reaches_every_use(kind):
-    model = small(kind)
-    x = images(model)
+def test_convolution_replaced_by_name_reaches_every_use(model, x):
     before = model(x)
     number = uses_by_name(model)
     for name in number:
@@ -207,8 +199,7 @@ def test_convolution_replaced_by_name_reaches_every_use(kind):
     assert all(model.get_submodule(name).up.weight.grad.abs().sum() > 0 for name in number)
 
 
-def test_layer_decay_puts_the_shared_convolution_with_the_first_block_of_its_stage(kind):
-    model = small(kind)
+def test_layer_decay_puts_the_shared_convolution_with_the_first_block_of_its_stage(model):
     groups = param_groups_layer_decay(model, layer_decay=0.5)
     scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
     assert sum(len(group['params']) for group in groups) == len(scale) == len(list(model.parameters()))
@@ -221,30 +212,23 @@ def test_layer_decay_puts_the_shared_convolution_with_the_first_block_of_its_sta
 
 def test_frozen_blocks_leave_the_shared_convolution_trainable(kind):
     model = small(kind).train()
-    for m in model.modules():
-        if isinstance(m, SharedStage):
-            m.blocks.requires_grad_(False)
+    for stage in stages(model):
+        stage.blocks.requires_grad_(False)
     model(images(model, 4)).sum().backward()
     assert all(model.get_submodule(name).weight.grad is not None for name in uses_by_name(model))
 
 
-def test_sync_batch_norm_replaces_every_batch_norm(kind):
-    model = small(kind)
-    x = images(model)
+def test_sync_batch_norm_replaces_every_batch_norm(model, x):
     sync = timm.layers.convert_sync_batchnorm(copy.deepcopy(model))
-    kinds = Counter(type(m).__name__ for m in sync.modules())
-    assert kinds['BatchNorm2d'] == 0
-    assert kinds['SyncBatchNorm'] == Counter(type(m).__name__ for m in model.modules())['BatchNorm2d']
+    assert not batch_norms(sync)
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in sync.modules()) == len(batch_norms(model))
     assert sync.state_dict().keys() == model.state_dict().keys()
     torch.testing.assert_close(sync(x), model(x))
 
 
-def test_features_only_gives_the_intermediates(kind):
-    model = small(kind)
-    name, kwargs = model.made_by
-    x = images(model)
-    backbone = timm.create_model(name, features_only=True, **{k: v for k, v in kwargs.items() if k != 'num_classes'})
-    backbone.eval().load_state_dict({k: v for k, v in model.state_dict().items()}, strict=False)
+def test_features_only_gives_the_intermediates(model, kind):
+    x, backbone = images(model), small(kind, features_only=True)
+    backbone.load_state_dict(model.state_dict(), strict=False)
     features = backbone(x)
     final, intermediates = model.forward_intermediates(x)
     assert [f.shape[1] for f in features] == backbone.feature_info.channels()
@@ -255,8 +239,7 @@ def test_features_only_gives_the_intermediates(kind):
     assert torch.equal(model.forward_head(final), model(x))
 
 
-def test_stage_is_indexed_iterated_and_measured_over_its_blocks(kind):
-    model = small(kind)
+def test_stage_is_indexed_iterated_and_measured_over_its_blocks(model):
     stage = model.layer3
     assert list(stage) == list(stage.blocks) and len(stage) == len(stage.blocks)
     assert stage[0] is stage.blocks[0] and stage[-1] is stage.blocks[-1]
@@ -265,12 +248,10 @@ def test_stage_is_indexed_iterated_and_measured_over_its_blocks(kind):
         stage[len(stage)]
 
 
-def test_last_block_of_a_stage_is_a_target_for_grad_cam(kind):
-    model = small(kind)
+def test_last_block_of_a_stage_is_a_target_for_grad_cam(model, x):
     seen: Dict[str, torch.Tensor] = {}
     model.layer3[-1].register_forward_hook(lambda _module, _args, output: seen.update(activations=output))
     model.layer3[-1].register_full_backward_hook(lambda _module, _inputs, outputs: seen.update(gradients=outputs[0]))
-    x = images(model)
     model(x)[:, 0].sum().backward()
     assert torch.equal(seen['activations'], model.layer3(model.layer2(model.forward_intermediates(x)[1][1])))
     assert seen['gradients'].shape == seen['activations'].shape and seen['gradients'].any()
@@ -279,19 +260,17 @@ def test_last_block_of_a_stage_is_a_target_for_grad_cam(kind):
 # ---- Errors
 
 
-def test_a_block_without_a_convolution_says_whose_it_needs(kind):
-    model = small(kind)
+def test_a_block_without_a_convolution_says_whose_it_needs(model):
     block = model.layer1.blocks[1]
     with pytest.raises(RuntimeError, match="The 3x3 of this block is its stage's: call the stage"):
         block(torch.randn(1, block.conv1.in_channels, 8, 8))
 
 
-def test_timm_s_checkpointing_of_flattened_stages_cannot_run_blocks_without_the_shared_convolution(kind):
-    model = small(kind)
+def test_timm_s_checkpointing_of_flattened_stages_cannot_run_blocks_without_the_shared_convolution(model):
     x = model.layer1(model.forward_intermediates(images(model), intermediates_only=True)[0])
-    for stages in [model.layer2], [model.layer2, model.layer3]:
+    for sequence in [model.layer2], [model.layer2, model.layer3]:
         with pytest.raises(RuntimeError, match="The 3x3 of this block is its stage's"):
-            checkpoint_seq(stages, x, flatten=True)
+            checkpoint_seq(sequence, x, flatten=True)
     twin = unshared(model)  # each block has its own, as in a stage that shares nothing
     if isinstance(twin.layer2, SharedStage):
         torch.testing.assert_close(checkpoint_seq([twin.layer2], x, flatten=True), twin.layer2(x))

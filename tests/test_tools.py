@@ -10,7 +10,6 @@ import warnings
 from typing import Any, Callable, Dict, Tuple
 
 import pytest
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ import torch.nn.utils.parametrize as parametrize
 import torch.nn.utils.prune as prune
 from additions import ADDITIONS, add
 from models import SMALL, error, images, kinds, slow_but_for, small, unshared, uses
+from plain_nets import batch_norms
 from torch.ao.quantization import ObserverBase, get_default_qat_qconfig_mapping, get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx, prepare_qat_fx
 from torch.fx.experimental.optimization import fuse, optimize_for_inference
@@ -59,10 +59,29 @@ def no_grad():
         yield
 
 
+@pytest.fixture
+def which():
+    return 'shared'
+
+
+@pytest.fixture
+def model(kind, which):
+    return NETS[which](kind)
+
+
+@pytest.fixture
+def x(model):
+    return images(model)
+
+
 # ---- Folding batch norms
 
 
 Rewriter = Callable[[nn.Module, torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
+
+
+def exported(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    return torch.export.export(model, (x,)).module()
 
 
 def jit_optimized(scripted: torch.jit.ScriptModule, x: torch.Tensor) -> Callable:
@@ -71,25 +90,33 @@ def jit_optimized(scripted: torch.jit.ScriptModule, x: torch.Tensor) -> Callable
     return optimized
 
 
+def torchao_pt2e(module: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return pytest.importorskip(f'torchao.quantization.pt2e.{module}')
+
+
+def fused_program(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """The exported program, as PT2E folds it."""
+    program = exported(model, x)
+    torchao_pt2e('utils')._fuse_conv_bn_(program)
+    return program
+
+
 REWRITERS: Dict[str, Rewriter] = {
     'fx fuse': lambda model, x: fuse(model),
     'fx optimize_for_inference': lambda model, x: optimize_for_inference(model),
     'fuse_fx': lambda model, x: fuse_fx(model),
     'jit script': lambda model, x: jit_optimized(torch.jit.script(model), x),
     'jit trace': lambda model, x: jit_optimized(torch.jit.trace(model, x), x),
+    'pt2e': fused_program,
 }
 
 
 @each_net
 @pytest.mark.parametrize('rewriter', REWRITERS)
-def test_batch_norms_are_folded_rightly(kind, which, rewriter):
-    model = NETS[which](kind)
-    x = images(model)
+def test_batch_norms_are_folded_rightly(model, x, rewriter):
     assert error(REWRITERS[rewriter](copy.deepcopy(model), x)(x), model(x)) <= 1e-5
-
-
-def batch_norms(model: nn.Module) -> int:
-    return sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
 
 
 @kinds
@@ -97,9 +124,9 @@ def batch_norms(model: nn.Module) -> int:
 def test_batch_norms_of_unshared_convolutions_are_folded_as_in_the_twin(kind, rewriter):
     model, twin = net(kind), NETS['twin'](kind)
     x = images(model)
-    left = [batch_norms(REWRITERS[rewriter](copy.deepcopy(m), x)) for m in (model, twin)]
+    left = [len(batch_norms(REWRITERS[rewriter](copy.deepcopy(m), x))) for m in (model, twin)]
     assert left[0] - left[1] == (0 if kind == 'wide' else len(uses(model)))  # wide: none follows
-    assert left[0] < batch_norms(model)
+    assert left[0] < len(batch_norms(model))
 
 
 class CalledTwice(nn.Module):
@@ -120,7 +147,7 @@ class CalledTwice(nn.Module):
         return x
 
 
-@pytest.mark.parametrize('rewriter', ['fx fuse', 'fx optimize_for_inference', 'fuse_fx'])
+@pytest.mark.parametrize('rewriter', ['fx fuse', 'fx optimize_for_inference', 'fuse_fx', 'pt2e'])
 def test_tool_is_wrong_where_a_module_is_called_twice(rewriter):
     """Guards the tests of this file. If it fails, torch is cured, and `SharingBlock._traced` may be superfluous."""
     model, x = CalledTwice().eval(), torch.randn(2, 8, 8, 8)
@@ -129,35 +156,25 @@ def test_tool_is_wrong_where_a_module_is_called_twice(rewriter):
 
 @slow
 @each_net
-def test_inductor_s_freezing_folds_rightly(kind, which):
+def test_inductor_s_freezing_folds_rightly(model, x):
     torch._dynamo.reset()
-    model = NETS[which](kind)
-    x = images(model)
     expected = model(x)
     with torch._inductor.config.patch(freezing=True):
-        found = torch.compile(model)(x)
-    assert error(found, expected) <= 1e-4
+        assert error(torch.compile(model)(x), expected) <= 1e-4
 
 
 @slow_but_for()
 @pytest.mark.parametrize('which', ['shared', 'twin'])
-def test_inductor_s_folding_in_training_is_right(kind, which):
+def test_inductor_s_folding_in_training_is_right(model, x):
     torch._dynamo.reset()
-    model = NETS[which](kind)
-    x = images(model)
     expected = model(x)
     with torch._inductor.config.patch(efficient_conv_bn_eval_fx_passes=True), torch.enable_grad():
-        found = torch.compile(model)(x)
-    assert error(found, expected) <= 1e-4
+        assert error(torch.compile(model)(x), expected) <= 1e-4
 
 
 @kinds
 def test_features_that_timm_takes_from_an_fx_graph_are_right(kind):
-    name, kwargs = SMALL[kind]
-    kwargs = dict(kwargs, layers=DEPTHS[kind], features_only=True)
-    kwargs.pop('num_classes', None)
-    graph = timm.create_model(name, feature_cls='fx', **kwargs).eval()
-    model = timm.create_model(name, feature_cls='getter', **kwargs).eval()
+    graph, model = (small(kind, layers=DEPTHS[kind], features_only=True, feature_cls=c) for c in ('fx', 'getter'))
     found = {k.removeprefix('graph_module.'): v for k, v in graph.state_dict().items()}
     model.model.load_state_dict(found, strict=True)
     x = torch.randn(1, 3, 64, 64)
@@ -220,8 +237,7 @@ def test_net_quantized_by_fx_in_training_is_as_accurate_as_the_twin(kind):
 
 
 @kinds
-def test_fx_quantizes_the_shared_kernel_and_its_input_at_each_use(kind):
-    model = net(kind)
+def test_fx_quantizes_the_shared_kernel_and_its_input_at_each_use(model):
     prepared = prepare_fx(model, get_default_qconfig_mapping(torch.backends.quantized.engine), (images(model),))
     calls = [node for node in prepared.graph.nodes if node.op == 'call_function' and node.target is F.conv2d]
     assert len(calls) == len(uses(model))
@@ -242,8 +258,7 @@ TRACERS: Dict[str, Rewriter] = {
 @kinds
 @pytest.mark.parametrize('addition', ATTACHED)
 @pytest.mark.parametrize('tracer', TRACERS)
-def test_fx_refuses_an_addition_that_it_would_miss_and_names_the_cure(kind, addition, tracer):
-    model = net(kind)
+def test_fx_refuses_an_addition_that_it_would_miss_and_names_the_cure(model, addition, tracer):
     add(addition, model, 'layer1.conv')
     with pytest.raises(RuntimeError, match='Make it plain first'):
         TRACERS[tracer](model, images(model))
@@ -252,9 +267,7 @@ def test_fx_refuses_an_addition_that_it_would_miss_and_names_the_cure(kind, addi
 @kinds
 @pytest.mark.parametrize('which', ['shared', pytest.param('folded', marks=slow)])
 @pytest.mark.parametrize('tracer', TRACERS)
-def test_fx_keeps_a_module_in_place_of_the_shared_convolution(kind, which, tracer):
-    model = NETS[which](kind)
-    x = images(model)
+def test_fx_keeps_a_module_in_place_of_the_shared_convolution(model, x, tracer):
     before = model(x)
     add('LoRA', model, 'layer1.conv')
     expected = model(x)
@@ -263,9 +276,7 @@ def test_fx_keeps_a_module_in_place_of_the_shared_convolution(kind, which, trace
 
 
 @slow_but_for('wide')
-def test_fx_quantizes_a_net_with_a_module_in_place_of_the_shared_convolution(kind):
-    model = net(kind)
-    x = images(model)
+def test_fx_quantizes_a_net_with_a_module_in_place_of_the_shared_convolution(model, x):
     add('LoRA', model, 'layer1.conv')
     assert error(quantized_fx(model, x)[1](x), model(x)) <= 0.3
 
@@ -273,8 +284,7 @@ def test_fx_quantizes_a_net_with_a_module_in_place_of_the_shared_convolution(kin
 @kinds
 @pytest.mark.parametrize('which', ['shared', 'folded'])
 @pytest.mark.parametrize('addition', ADDITIONS)
-def test_torchscript_refuses_an_addition_and_names_the_cure(kind, which, addition):
-    model = NETS[which](kind)
+def test_torchscript_refuses_an_addition_and_names_the_cure(model, addition):
     add(addition, model, 'layer1.conv')
     with pytest.raises(RuntimeError, match=r'(?s)TorchScript gets.*script timm_sharesnet\.unshare'):
         torch.jit.script(model)
@@ -282,16 +292,14 @@ def test_torchscript_refuses_an_addition_and_names_the_cure(kind, which, additio
 
 @kinds
 @pytest.mark.parametrize('attribute,value', [('dilation', (2, 2)), ('padding', (0, 0)), ('stride', (2, 2))])
-def test_torchscript_refuses_a_shared_convolution_with_other_arguments(kind, attribute, value):
-    model = net(kind)
+def test_torchscript_refuses_a_shared_convolution_with_other_arguments(model, attribute, value):
     setattr(model.layer1.conv, attribute, value)
     with pytest.raises(RuntimeError, match='TorchScript gets'):
         torch.jit.script(model)
 
 
 @kinds
-def test_torchscript_takes_other_weights_in_a_convolution_of_the_same_kind(kind):
-    model = net(kind)
+def test_torchscript_takes_other_weights_in_a_convolution_of_the_same_kind(model):
     before = model(images(model))
     conv = copy.deepcopy(model.layer1.conv)
     nn.init.normal_(conv.weight, std=0.1)
@@ -302,10 +310,8 @@ def test_torchscript_takes_other_weights_in_a_convolution_of_the_same_kind(kind)
 
 
 @kinds
-def test_merged_additions_are_scripted_and_traced(kind):
+def test_merged_additions_are_scripted_and_traced(model, x):
     """The cures that the refusals name."""
-    model = net(kind)
-    x = images(model)
     add('pruning', model, 'layer1.conv')
     add('parametrization', model, 'layer2.blocks.0.conv1')
     expected = model(x)
@@ -331,19 +337,15 @@ def test_weight_changed_by_name_is_that_of_every_use(kind, addition):
 @slow_but_for('bottleneck')
 @pytest.mark.parametrize('which', ['shared', pytest.param('folded', marks=slow)])
 @pytest.mark.parametrize('addition', ADDITIONS)
-def test_exported_program_has_the_addition(kind, which, addition):
-    model = NETS[which](kind)
-    x = images(model)
+def test_exported_program_has_the_addition(model, x, addition):
     add(addition, model, 'layer1.conv')
-    assert error(torch.export.export(model, (x,)).module()(x), model(x)) <= 1e-5
+    assert error(exported(model, x)(x), model(x)) <= 1e-5
 
 
 @slow_but_for('bottleneck')
 @pytest.mark.parametrize('addition', ['LoRA', 'bias', 'circular padding'])  # torch.fx sees no others in any net
-def test_unshared_net_with_an_addition_is_right_for_the_tool(kind, addition):
+def test_unshared_net_with_an_addition_is_right_for_the_tool(model, x, addition):
     """The way out that the refusals name."""
-    model = net(kind)
-    x = images(model)
     add(addition, model, 'layer1.conv')
     for tool in 'fx fuse', 'jit script':
         assert error(REWRITERS[tool](unshare(model), x)(x), model(x)) <= 1e-5
@@ -354,13 +356,7 @@ def test_unshared_net_with_an_addition_is_right_for_the_tool(kind, addition):
 
 @pytest.fixture
 def pt2e():
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        return pytest.importorskip('torchao.quantization.pt2e.quantize_pt2e')
-
-
-def exported(model: nn.Module, x: torch.Tensor) -> nn.Module:
-    return torch.export.export(model, (x,)).module()
+    return torchao_pt2e('quantize_pt2e')
 
 
 def xnnpack() -> Any:
@@ -395,27 +391,6 @@ def no_qat_patterns(pt2e, monkeypatch):
 
 
 @each_net
-def test_batch_norms_of_an_exported_program_are_folded_rightly(kind, which, pt2e):
-    from torchao.quantization.pt2e.utils import _fuse_conv_bn_
-
-    model = NETS[which](kind)
-    x = images(model)
-    program = exported(model, x)
-    _fuse_conv_bn_(program)
-    assert error(program(x), model(x)) <= 1e-5
-
-
-def test_tool_is_wrong_where_an_exported_convolution_is_called_twice(pt2e):
-    """Guards the tests of exported programs."""
-    from torchao.quantization.pt2e.utils import _fuse_conv_bn_
-
-    model, x = CalledTwice().eval(), torch.randn(2, 8, 8, 8)
-    program = exported(model, x)
-    _fuse_conv_bn_(program)
-    assert error(program(x), model(x)) > 0.1
-
-
-@each_net
 @quantizers
 def test_net_prepared_by_pt2e_computes_the_same(kind, which, quantizer, pt2e, no_qat_patterns):
     assert quantization_errors(PT2E[quantizer], kind, which)[0] <= 1e-5
@@ -430,10 +405,8 @@ def test_net_quantized_by_pt2e_is_as_accurate_as_the_twin(kind, which, quantizer
 
 @slow_but_for()
 @pytest.mark.parametrize('which', ['shared', 'twin'])
-def test_whole_conversion_by_pt2e_gives_the_same(kind, which, pt2e):
-    model = NETS[which](kind)
-    x = images(model)
+def test_whole_conversion_by_pt2e_gives_the_same(model, x, pt2e):
+    expected = PT2E['xnnpack'](model, x)[1](x)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pt2e, '_fold_conv_bn_qat', lambda model: model)
-        expected = PT2E['xnnpack'](model, x)[1](x)
-    assert torch.equal(PT2E['xnnpack'](model, x)[1](x), expected)
+        assert torch.equal(PT2E['xnnpack'](model, x)[1](x), expected)

@@ -23,8 +23,7 @@ import timm
 import torch
 import yaml
 from demo import load_images
-from models import CIFAR_TWINS, SHARED, create, kernels
-from timm.models import save_for_hf
+from models import CIFAR_TWINS, SHARED, create, kernels, save_folder
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
@@ -37,6 +36,7 @@ CONFIGS = sorted((ROOT / 'train_configs').glob('*.yaml'))
 PAPER = [c for c in CONFIGS if c.stem.split('_', 1)[1] in SHARED and not c.stem.startswith('tinyimagenet')]
 FAST = 'cifar10_shawrn40_4_modern'  # the default run's: bf16, augmentation, EMA
 CLASSES, BATCH = 5, 8
+SHORT = ['--device', 'cpu', '-b', 2, '--num-warm-iter', 1, '--num-bench-iter', 5]
 ON_CPU = ['--device', 'cpu', '--dataset', '', '--data-dir', 'images', '--workers', '1', '--num-classes', str(CLASSES)]
 
 
@@ -69,13 +69,19 @@ def output(folder):
     shutil.rmtree(folder / 'output', ignore_errors=True)
 
 
-def run(folder, *command):
+def run(folder, *command, program=sys.executable):
     """Run a script and return what it printed."""
-    env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
-    command = [sys.executable, *map(str, command)]
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
+    env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'PATH': path}
+    result = subprocess.run([program, *map(str, command)], cwd=folder, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
+
+
+def results(folder, script, *options):
+    """Run a script and return what it wrote."""
+    run(folder, script, *options, '--results-file', 'results.json', '--results-format', 'json')
+    return json.loads((folder / 'results.json').read_text())
 
 
 def on_cpu(config, processes=1):
@@ -123,13 +129,12 @@ def test_config_trains_resumes_and_its_checkpoint_loads(folder, output, config):
     values, options = on_cpu(config)
     if 'kd_model_name' in values:
         teacher = 'resnet164_cifar' if values['kd_model_name'].startswith('local-dir:') else 'resnet50'
-        save_for_hf(create(teacher, num_classes=CLASSES), folder / 'teachers' / teacher, safe_serialization=True)
+        save_folder(create(teacher, num_classes=CLASSES), folder / 'teachers' / teacher)
         if teacher == 'resnet50':
             options += ['--kd-model-name', 'local-dir:teachers/resnet50']  # the config's is on the Hub
     options += ['--output', output]
     if 'initial_checkpoint' in values:
-        start = folder / Path(values['initial_checkpoint']).parent
-        save_for_hf(create(values['model'], num_classes=CLASSES), start, safe_serialization=True)
+        save_folder(create(values['model'], num_classes=CLASSES), folder / Path(values['initial_checkpoint']).parent)
 
     log = run(folder, 'train.py', *options, '--epochs', 2, '--experiment', 'first')
     assert ('LogitDistillationTask' in log) == ('kd_model_name' in values)
@@ -190,16 +195,14 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 )
 def test_options_that_share_prints_work_when_pasted(folder, tmp_path, name, kwargs, rate):
     model = create(name, **kwargs)
-    save_for_hf(model, tmp_path / 'plain', model_args=kwargs, safe_serialization=True)
+    save_folder(model, tmp_path / 'plain', **kwargs)
     share = ['-m', 'timm_sharesnet.sharing', f'local-dir:{tmp_path}/plain', '--init', 'mean', '--rate', rate]
     shared = tmp_path / 'with a space'
     options = run(folder, *share, '--output', shared).splitlines()[-1]
     torch.save(torch.randn(2, model.in_chans, 64, 64), folder / 'images.pt')
     (folder / 'build_only.py').write_text(BUILD_ONLY)
     command = f'"{sys.executable}" build_only.py train.py --data-dir images --device cpu {options}'
-    env = {**os.environ, 'HF_HUB_OFFLINE': '1'}
-    result = subprocess.run(['bash', '-c', command], cwd=folder, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run(folder, '-c', command, program='bash')
     expected = timm.create_model(f'local-dir:{shared}', pretrained=True).eval()
     assert torch.equal(torch.load(folder / 'outputs.pt'), expected(torch.load(folder / 'images.pt')))
 
@@ -208,16 +211,12 @@ def test_options_that_share_prints_work_when_pasted(folder, tmp_path, name, kwar
 def test_commands_for_fine_tuning_run_as_they_stand_in_the_readme(folder, output):
     text = (ROOT / 'train_configs' / 'README.md').read_text()
     commands = re.search(r'## Fine-tune.*?```bash\n(.*?)```', text, re.S)[1]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
-    env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'PATH': path}
-    result = subprocess.run(['bash', '-ec', commands], cwd=folder, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    log = run(folder, '-ec', commands, program='bash')
     rows = summary(output / 'train' / 'finetune' / 'summary.csv')
     assert len(rows) == 5 and float(rows[-1]['eval_top1']) > 40  # from scratch it would be 20
     weights = torch.load(output / 'train' / 'finetune' / 'last.pth.tar', weights_only=False)['state_dict']
     assert weights['fc.weight'].shape == (CLASSES, 256)
-    assert '*Top1' in result.stdout + result.stderr or '"top1"' in result.stdout
-    assert 'finetune.onnx: ' in result.stdout
+    assert ('*Top1' in log or '"top1"' in log) and 'finetune.onnx: ' in log
     for file in folder.glob('finetune*'):
         file.unlink()
 
@@ -225,8 +224,7 @@ def test_commands_for_fine_tuning_run_as_they_stand_in_the_readme(folder, output
 def validate(folder, model, checkpoint, *options):
     """Accuracy on the test images by validate.py."""
     options = ['--model', model, '--checkpoint', checkpoint, *ON_CPU, '--split', 'test', '-b', BATCH, *options]
-    run(folder, 'validate.py', *options, '--results-file', 'validate.json', '--results-format', 'json')
-    return json.loads((folder / 'validate.json').read_text())['top1']
+    return results(folder, 'validate.py', *options)['top1']
 
 
 @pytest.mark.parametrize('name', [FAST, pytest.param('imagenet_sharesnet50_a2', marks=pytest.mark.slow)])
@@ -274,9 +272,8 @@ def test_other_scripts_give_what_the_model_gives(folder, checkpoint):
     assert validate(folder, name, path, '--img-size', img_size) == pytest.approx(100 * accuracy)
 
     options = [*from_checkpoint, *ON_CPU, '--split', 'test', '--output-type', 'logit', '--topk', 0, '-b', BATCH]
-    run(folder, 'inference.py', *options, '--results-file', 'inference.json', '--results-format', 'json')
-    results = json.loads((folder / 'inference.json').read_text())
-    inferred = [results[filename]['logit'] for filename in dataset.filenames(basename=True)]
+    by_name = results(folder, 'inference.py', *options)
+    inferred = [by_name[filename]['logit'] for filename in dataset.filenames(basename=True)]
     np.testing.assert_allclose(inferred, logits, rtol=0, atol=tolerance)
 
     run(folder, 'onnx_export.py', 'model.onnx', *from_checkpoint, '--dynamo')
@@ -286,9 +283,7 @@ def test_other_scripts_give_what_the_model_gives(folder, checkpoint):
     exported = session.run(None, {session.get_inputs()[0].name: torch.stack(images).numpy()})[0]
     np.testing.assert_allclose(exported, logits, rtol=0, atol=tolerance)
 
-    options = [*same, '--device', 'cpu', '-b', 2, '--num-warm-iter', 1, '--num-bench-iter', 5]
-    run(folder, 'benchmark.py', *options, '--results-file', 'benchmark.json', '--results-format', 'json')
-    benchmark = json.loads((folder / 'benchmark.json').read_text())
+    benchmark = results(folder, 'benchmark.py', *same, *SHORT)
     assert benchmark['param_count'] == round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
     assert benchmark['infer_samples_per_sec'] > 0 and benchmark['train_samples_per_sec'] > 0
 
@@ -308,6 +303,5 @@ def test_reparam_gives_the_same_net_with_each_shared_kernel_once(folder, checkpo
     contents = inspect(folder / 'model.onnx')
     assert contents.kernels == kernels(model) < contents.uses
 
-    options = [*same, '--device', 'cpu', '-b', 2, '--num-warm-iter', 1, '--num-bench-iter', 5, '--bench', 'infer']
-    run(folder, 'benchmark.py', *options, '--reparam', '--results-file', 'benchmark.json', '--results-format', 'json')
-    assert json.loads((folder / 'benchmark.json').read_text())['infer_samples_per_sec'] > 0
+    benchmark = results(folder, 'benchmark.py', *same, *SHORT, '--bench', 'infer', '--reparam')
+    assert benchmark['infer_samples_per_sec'] > 0

@@ -1,18 +1,19 @@
 """From a shared net to the plain twin."""
 
 import copy
-from typing import Iterator, List
+from typing import List
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
 from additions import add
-from models import SHALLOW, SMALL, TWINS, VARIANTS, create, error, images, kinds, small, twin_args, unshared
+from models import SHALLOW, SMALL, TWINS, VARIANTS, assert_equal_outputs, create, error, images, kinds, small, unshared
+from plain_nets import batch_norms, stages
 from timm.models import save_for_hf
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from timm_sharesnet import CifarResNetV2, PreActBottleneck, PreActWideBasic, SharedStage, fold, unshare
+from timm_sharesnet import CifarResNetV2, PreActBottleneck, PreActWideBasic, fold, unshare
 
 CLASSES = {
     'basic': (ResNet, BasicBlock),
@@ -20,16 +21,6 @@ CLASSES = {
     'preact': (CifarResNetV2, PreActBottleneck),
     'wide': (CifarResNetV2, PreActWideBasic),
 }
-
-
-def assert_equal_outputs(plain: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
-    assert x.dtype == torch.double
-    with torch.no_grad():
-        assert error(plain(x), model(x)) <= 1e-12
-
-
-def stages(model: nn.Module) -> Iterator[SharedStage]:
-    return (m for m in model.modules() if isinstance(m, SharedStage))
 
 
 def blocks(model: nn.Module) -> List[nn.Module]:
@@ -40,9 +31,10 @@ def blocks(model: nn.Module) -> List[nn.Module]:
 
 
 @kinds
-def test_plain_net_computes_the_same(kind):
+@pytest.mark.parametrize('deploy', [lambda plain: plain, fold], ids=['plain', 'folded'])
+def test_plain_net_computes_the_same(kind, deploy):
     model = small(kind).double()
-    assert_equal_outputs(unshare(model), model, images(model))
+    assert_equal_outputs(deploy(unshare(model)), model, images(model))
 
 
 @kinds
@@ -62,15 +54,6 @@ def test_plain_net_has_the_twin_s_names_and_tensors_in_its_order(kind):
     found = unshare(model).state_dict()
     assert list(found) == list(expected)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-@kinds
-def test_plain_net_loads_strictly_into_the_twin(kind):
-    model = small(kind)
-    name, kwargs = model.made_by
-    twin = timm.create_model(TWINS[name], **twin_args(kwargs)).eval()
-    twin.load_state_dict(unshare(model).state_dict(), strict=True)
-    assert torch.equal(twin(images(model)), unshare(model)(images(model)))
 
 
 @kinds
@@ -113,12 +96,8 @@ def test_gradients_of_the_copies_sum_to_that_of_the_shared_convolution(kind):
 def with_sources(model: nn.Module) -> nn.Module:
     """The model with a source of weights, as a published net has it."""
     sources = dict(hf_hub_id='someone/some-net', url='https://example.org/x', file='x', state_dict={}, source='hf-hub')
-    model.pretrained_cfg = model.default_cfg = {
-        **model.pretrained_cfg,
-        **sources,
-        'tag': 'in1k',
-        'mean': (0.1, 0.2, 0.3),
-    }
+    cfg = {**model.pretrained_cfg, **sources, 'tag': 'in1k', 'mean': (0.1, 0.2, 0.3)}
+    model.pretrained_cfg = model.default_cfg = cfg
     return model
 
 
@@ -156,11 +135,10 @@ def test_mode_is_kept(kind, training):
 @kinds
 def test_batch_norms_frozen_in_training_stay_so(kind):
     model = small(kind).train()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.eval()
+    for norm in batch_norms(model):
+        norm.eval()
     plain = unshare(model)
-    assert {m.training for m in plain.modules() if isinstance(m, nn.BatchNorm2d)} == {False}
+    assert {norm.training for norm in batch_norms(plain)} == {False}
     assert {m.training for m in plain.modules() if isinstance(m, nn.Conv2d)} == {True}
 
 
@@ -171,10 +149,8 @@ def test_frozen_parameters_stay_frozen(kind):
     model.layer2.blocks[0].conv1.requires_grad_(False)
     frozen = {name for name, p in unshare(model).named_parameters() if not p.requires_grad}
     prefix = '' if CLASSES[kind][0] is ResNet else 'blocks.'
-    expected = {
-        f'layer1.{prefix}{i}.conv2.weight' for i, block in enumerate(model.layer1.blocks) if block.conv2 is None
-    }
-    assert frozen == {*expected, f'layer2.{prefix}0.conv1.weight'}
+    users = [i for i, block in enumerate(model.layer1.blocks) if block.conv2 is None]
+    assert frozen == {f'layer2.{prefix}0.conv1.weight', *(f'layer1.{prefix}{i}.conv2.weight' for i in users)}
 
 
 @kinds
@@ -234,13 +210,10 @@ def test_each_model_becomes_its_twin(name):
 
 @pytest.mark.parametrize('name,kwargs', VARIANTS)
 def test_what_the_nets_can_vary_is_unshared(name, kwargs):
-    kwargs = {
-        **(SHALLOW if name in ('sharesnet34', 'sharesnet50') else {}),
-        **kwargs,
-    }
+    kwargs = {**(SHALLOW if name in ('sharesnet34', 'sharesnet50') else {}), **kwargs}
     model = create(name, **kwargs).double()
     plain = unshare(model)
-    assert plain.state_dict().keys() == timm.create_model(TWINS[name], **twin_args(kwargs)).state_dict().keys()
+    assert plain.state_dict().keys() == unshared(model).state_dict().keys()
     assert_equal_outputs(plain, model, torch.randn(2, kwargs.get('in_chans', 3), 64, 64, dtype=torch.double))
 
 
@@ -252,9 +225,8 @@ def test_features_only_net_becomes_that_of_the_twin(kind, feature_cls):
     name, kwargs = model.made_by
     twin = timm.create_model(TWINS[name], **kwargs).double().eval()
     twin.load_state_dict(plain.state_dict(), strict=True)
-    x = torch.randn(2, 3, 64, 64, dtype=torch.double)
-    for found in plain(x), twin(x):
-        assert max(map(error, found, model(x))) <= 1e-12
+    for net in plain, twin:
+        assert_equal_outputs(net, model, torch.randn(2, 3, 64, 64, dtype=torch.double))
 
 
 class Tripled(ResNet):
@@ -275,12 +247,6 @@ def test_net_within_a_model_is_unshared_and_its_neighbours_stay(kind):
     assert_equal_outputs(plain[2], subclass, torch.randn(1, 3, 32, 32, dtype=torch.double))
 
 
-@kinds
-def test_plain_net_folds_to_the_same_function(kind):
-    model = small(kind).double()
-    assert_equal_outputs(fold(unshare(model)), model, images(model))
-
-
 # ---- Errors
 
 
@@ -290,15 +256,7 @@ def test_folded_net_is_refused_with_the_way_to_a_folded_twin(kind):
         unshare(fold(small(kind)))
 
 
-@pytest.mark.parametrize(
-    'make',
-    [
-        lambda: nn.Linear(2, 2),
-        lambda: timm.create_model('resnet18', layers=(1, 1, 1, 1)),
-        lambda: timm.create_model('resnetv2_50', layers=(1, 1, 1, 1)),
-    ],
-    ids=['layer', 'plain', 'other family'],
-)
-def test_model_that_shares_nothing_is_refused(make):
+@pytest.mark.parametrize('name', [None, 'resnet18', 'resnetv2_50'], ids=['layer', 'plain', 'other family'])
+def test_model_that_shares_nothing_is_refused(name):
     with pytest.raises(TypeError, match='nothing to unshare'):
-        unshare(make())
+        unshare(timm.create_model(name, layers=(1, 1, 1, 1)) if name else nn.Linear(2, 2))
