@@ -1,6 +1,8 @@
 """One thread for each process: the nets here are so small that threads wait for one another, on a busy machine long."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch is imported, here and in the processes that tests start
 
@@ -19,8 +21,17 @@ IN_ONE_PROCESS = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's reads the marks
-def pytest_collection_modifyitems(items: 'list[pytest.Item]') -> None:
-    for item in items:
-        if item.path.stem in IN_ONE_PROCESS:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
+    """Deal out files that are for one process as they are, and all other tests one by one.
+
+    xdist's own groups (`--dist=loadgroup` of 3.8) do nothing with pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition('::')[0]
+            return file if Path(file).stem in IN_ONE_PROCESS else nodeid
+
+    return Scheduling(config, log)
