@@ -281,7 +281,8 @@ def save_folder(
         safetensors.torch.save_file(tensors, new / _FILENAME, metadata={'format': 'pt'})
         (new / _FILENAME).chmod(0o644)  # safetensors lets nobody else read it
         args = {k: v for k, v in model_args.items() if k != 'num_classes'}
-        save_config_for_hf(model, str(new / 'config.json'), model_config=model_config, model_args=args)
+        path: Any = new / 'config.json'  # timm 1.0.28 takes no str, for all that it says
+        save_config_for_hf(model, path, model_config=model_config, model_args=args)
         config = json.loads((new / 'config.json').read_text(encoding='utf-8'))
         config.pop('model_args', None)  # versions of timm write different ones
         if args:
