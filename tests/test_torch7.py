@@ -842,6 +842,8 @@ script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 
 
+# timm 1.0.28 does not take what is no literal for text
+UNREADABLE = 'cannot be built' if hasattr(timm.models, 'get_model_args') else 'must be KEY=VALUE'
 IMPORT = (AUTHOR, '--model', 'sharesnet164_cifar', '--model-kwargs', 'layers=3,3,3', '--output')
 
 
@@ -917,7 +919,7 @@ def test_command_replaces_an_older_import(tmp_path):
         ([AUTHOR, '--model', 'nonsense'], 'nonsense is no model of timm_sharesnet'),
         ([__file__, '--model', 'sharesnet34'], 'is no Torch7 model'),
         ([AUTHOR, '--model', 'shawrn40_4', '--model-kwargs', 'layers'], 'must be KEY=VALUE'),
-        ([AUTHOR, '--model', 'shawrn40_4', '--model-kwargs', 'layers=(3'], 'cannot be built'),
+        ([AUTHOR, '--model', 'shawrn40_4', '--model-kwargs', 'layers=(3'], UNREADABLE),
         ([AUTHOR, '--model', 'shawrn40_4', '--model-kwargs', 'a=1'], 'cannot be built'),
     ],
 )

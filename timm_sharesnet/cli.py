@@ -63,6 +63,8 @@ def command(name: str) -> Callable[[Callable[[Sequence[str]], None]], Callable[.
             for stream in sys.stdout, sys.stderr:
                 if isinstance(stream, io.TextIOWrapper):
                     stream.reconfigure(errors='backslashreplace')
+            if argv is None:  # the program: torch 2.6 leaves a folder for its end to clean up, which warns
+                warnings.simplefilter('ignore')
             try:
                 with _quiet():
                     function(sys.argv[1:] if argv is None else argv)
