@@ -67,6 +67,7 @@ def test_file():
     path = CACHE / f'timm-{timm.__version__}' / 'test_models.py'
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        (CACHE / '.gitignore').write_text('*\n')  # pytest writes its own only where it makes the folder itself
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             command = ['pip', 'download', '-q', '--no-binary=:all:', '--no-deps', '-d', folder]
             subprocess.run([sys.executable, '-m', *command, f'timm=={timm.__version__}'], check=True)
