@@ -33,7 +33,8 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog='python -m timm_sharesnet.sharing', description=__doc__)
     add_model_arguments(parser)
     parser.add_argument('--output', required=True, type=Path, metavar='DIR', help='folder to write, which is new')
-    parser.add_argument('--rate', type=_rate, default=1.0, metavar='R', help='from 0 to 1, for all stages or each (1)')
+    parser.add_argument('--rate', type=_rate, metavar='R', help='from 0 to 1, for all stages or each (1)')
+    parser.add_argument('--save', type=float, metavar='PART', help='of all parameters, shared where it costs least')
     parser.add_argument('--init', choices=INITS, default='align', help='kernel that blocks share (align)')
     add_calibration_arguments(parser, 1000)
     parser.add_argument(
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
             print(f'calibrating on {len(chosen):,} of {found}', flush=True)
             images = found.batches(chosen)
         try:
-            shared = share(model, args.rate, args.init, images, not args.no_refit, progress=True)
+            shared = share(model, args.rate, args.init, images, not args.no_refit, True, args.save)
         except (ImportError, TypeError, ValueError) as e:
             raise CommandError(reason(e)) from e
         if fault := unlike_its_name(shared):

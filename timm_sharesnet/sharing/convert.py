@@ -14,7 +14,8 @@ from ..resnet import SHARING_BLOCKS, ShaResNet
 from ..resnetv2 import CifarResNetV2
 from ..share_rate import ShareRate, as_python, split_runs, stage_rates
 from ..stage import SharedStage, SharingBlock
-from .refit import calibrate, why_not_fitted
+from .budget import Budget, Step, runs_after, spend, steps_by_harm, steps_by_parameters
+from .refit import calibrate, checked_batches, why_not_fitted
 from .run import INITS, Merge, Run
 
 __all__ = ['create_shared', 'share', 'unshare']
@@ -27,19 +28,22 @@ class Report(NamedTuple):
 
     merges: Tuple[Merge, ...]
     notes: Tuple[str, ...]
+    budget: Optional[Budget] = None
 
     def __str__(self) -> str:
         total = sum(m.saved for m in self.merges)
-        return '\n'.join([*map(str, self.merges), *self.notes, f'{total:,} parameters saved'])
+        frontier = [] if self.budget is None else [str(self.budget)]
+        return '\n'.join([*frontier, *map(str, self.merges), *self.notes, f'{total:,} parameters saved'])
 
 
 def share(
     model: nn.Module,
-    rate: ShareRate = 1.0,
+    rate: Optional[ShareRate] = None,
     init: str = 'align',
     images: Optional[Iterable[Any]] = None,
     refit: bool = True,
     progress: bool = False,
+    save: Optional[float] = None,
 ) -> nn.Module:
     """Make a shared net of a plain one, to be trained on. At low rates, and with `images`, it is near to the plain one.
 
@@ -67,6 +71,9 @@ def share(
             basic block, one after the other, so that its output is the plain net's again, by ridge regression. It keeps
             all images and twice one block's outputs for them: 7 MB an image of 224 x 224 with ResNet-50.
         progress: Show progress bars.
+        save: In place of a rate, the part of all parameters to save at least. Blocks share where it costs least for
+            what it saves: given `images`, by what the merge of two neighbouring runs changes in the outputs of blocks,
+            else by parameters alone, the last stages first. At 0 the result is the net itself.
 
     Returns:
         A net of this package in the model's mode, of a registered model: saved, it loads by name. Its `share_report`
@@ -76,6 +83,10 @@ def share(
         TypeError: If the model is no such net, or `images` are none.
         ValueError: If its blocks cannot share, its weights are not there or not finite, or an argument is not as above.
     """
+    if rate is not None and save is not None:
+        raise ValueError('rate and save both say how much is shared: give one of them.')
+    if save is not None and (isinstance(save, bool) or not isinstance(save, (int, float))):
+        raise ValueError(f'save must be a number, the part of all parameters to save, got {save!r}.')
     if init not in INITS:
         raise ValueError(f'init must be one of {", ".join(INITS)}, got {init!r}.')
     _plain_stages(model)
@@ -88,6 +99,16 @@ def share(
     synchronised = [m for m in shared.modules() if type(m) is nn.SyncBatchNorm]
     for m in synchronised:  # each process has all images
         m.__class__ = nn.BatchNorm2d
+    budget = None
+    if save is not None:
+        if images is not None:
+            images = list(checked_batches(model, images, progress))
+            if not images:
+                raise ValueError('images is empty, and nothing tells where sharing costs least.')
+        budget = spend(_steps(model, images), save, sum(p.numel() for p in model.parameters()))
+        rate = runs_after(budget.steps[: budget.taken], _stage_names(model))
+        images = images if budget.taken else None  # the net stays as it is
+    rate = 1.0 if rate is None else rate
     stage_runs = _share_stages(shared, rate)
     runs: List[Run] = []
     notes: List[str] = []
@@ -116,8 +137,19 @@ def share(
     for m in synchronised:
         m.__class__ = nn.SyncBatchNorm
     notes.append(_name_shared(shared, rate))
-    shared.share_report = Report(tuple(run.report() for run in runs), tuple(filter(None, dict.fromkeys(notes))))
+    merges, told = tuple(run.report() for run in runs), tuple(filter(None, dict.fromkeys(notes)))
+    shared.share_report = Report(merges, told, budget)
     return shared
+
+
+def _steps(model: nn.Module, images: Optional[Iterable[torch.Tensor]]) -> List[Step]:
+    """All that a budget can be spent on, in the order in which it is."""
+    plain = copy.deepcopy(model)
+    _share_stages(plain, 0.0)
+    names = _stage_names(plain)
+    stages = {name: plain.get_submodule(name) for name in _plain_stages(plain)}
+    first = {name: stage[0].first_shared(names.index(name)) for name, stage in stages.items()}
+    return steps_by_parameters(stages, first) if images is None else steps_by_harm(plain, stages, first, images)
 
 
 def _not_finite(model: nn.Module) -> str:

@@ -22,7 +22,7 @@ from .run import Run
 
 # Ridges, relative to the mean second moment of an input. They only keep what is hardly seen from growing: of the 9 C
 # inputs of a kernel, neighbours in the image, that is more than of the C of a 1x1.
-_RIDGE_KERNEL, _RIDGE = 0.1, 0.01
+RIDGE_KERNEL, _RIDGE = 0.1, 0.01
 _TINY = 1e-30  # above the square of what float32 tells from zero
 _POSITIONS = 8  # of a kernel, along each side of an image: neighbours see nearly the same
 
@@ -72,10 +72,10 @@ def calibrate(
         TypeError: If a batch of images is no tensor of floats.
         ValueError: If there are no images, their shape is not the net's, or they have values that are not finite.
     """
-    batches: Iterable[torch.Tensor] = _checked_batches(model, images, progress)
+    batches: Iterable[torch.Tensor] = checked_batches(model, images, progress)
     if runs and (batches := list(batches)):
         plain = copy.deepcopy(plain)
-        with _evaluation_mode(model), _evaluation_mode(plain):
+        with evaluation_mode(model), evaluation_mode(plain):
             pairs = [pair for name in stages for pair in _block_pairs(model, plain, name, runs)]
             inputs = [_stem(plain, x) for x in batches]
             _fit_kernels(tqdm(pairs, 'kernels', unit='block', disable=not progress), inputs)
@@ -89,7 +89,7 @@ def calibrate(
         raise ValueError('images is empty, and the statistics of the batch norms cannot be estimated.')
 
 
-def _checked_batches(model: Any, images: Any, progress: bool) -> Iterator[torch.Tensor]:
+def checked_batches(model: Any, images: Any, progress: bool) -> Iterator[torch.Tensor]:
     """The batches of images that are not empty, as tensors where the model is."""
     parameter = next(model.parameters())
     expected = f'batches of preprocessed images, tensors of shape (B, {model.in_chans}, H, W), or tuples that begin so'
@@ -128,7 +128,7 @@ def _stem(model: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
@@ -158,7 +158,7 @@ def _collecting_statistics(module: nn.Module) -> Iterator[Callable[..., Any]]:
         except ValueError as e:  # of torch's batch norm
             raise ValueError(f'images: {e}: give batches of at least two images, or larger ones.') from e
 
-    with _evaluation_mode(module):
+    with evaluation_mode(module):
         for norm in norms:
             norm.reset_running_stats()
             norm.train()
@@ -193,7 +193,7 @@ def _fit_kernels(pairs: Iterable[BlockPair], inputs: Sequence[torch.Tensor]) -> 
     sums: Dict[Run, Tensors] = {}  # of the runs whose last block is still to come
     for pair in pairs:
         if pair.run is not None and pair.kernel is not None:
-            moments = _ridge(_second_moments(pair, inputs), _RIDGE_KERNEL)
+            moments = ridge(_second_moments(pair, inputs), RIDGE_KERNEL)
             product = pair.kernel.flatten(1) @ moments
             if pair.run in sums:
                 sums[pair.run][0].add_(moments)
@@ -218,15 +218,19 @@ def _second_moments(pair: BlockPair, inputs: Sequence[torch.Tensor]) -> torch.Te
     for x in inputs:
         with _captured(conv) as captured:
             pair.shared(x, conv)
-        x = captured[0]
-        stride = max(1, x.shape[-2] // _POSITIONS), max(1, x.shape[-1] // _POSITIONS)
-        x = F.unfold(x.float(), 3, conv.dilation, conv.padding, stride).transpose(0, 1).flatten(1)
+        x = conv_inputs(captured[0], conv)
         total = total + as_float64(x @ x.T)
         count += x.shape[1]
     return total / count
 
 
-def _ridge(moments: torch.Tensor, strength: float) -> torch.Tensor:
+def conv_inputs(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
+    """What a 3x3 sees of its input (B, C, H, W) at some positions: (9 C, positions)."""
+    stride = max(1, x.shape[-2] // _POSITIONS), max(1, x.shape[-1] // _POSITIONS)
+    return F.unfold(x.float(), 3, conv.dilation, conv.padding, stride).transpose(0, 1).flatten(1)
+
+
+def ridge(moments: torch.Tensor, strength: float) -> torch.Tensor:
     mean = moments.diagonal().mean().clamp(min=_TINY)  # of inputs that are all zero, too
     return moments + strength * mean * torch.eye(len(moments), dtype=moments.dtype)
 
@@ -319,7 +323,7 @@ def _fit_1x1(pair: BlockPair, streams: Sequence[Tensors]) -> None:
     layers = pair.shared.layers()
     conv, names = getattr(pair.shared, layers.last), layers.after_last
     moments = _Moments(pair, streams, layers.last, channelwise=False)
-    weight = torch.linalg.solve(_ridge(moments.xx, _RIDGE), moments.yx.T).T
+    weight = torch.linalg.solve(ridge(moments.xx, _RIDGE), moments.yx.T).T
     if names:  # the scale is the norm's, and the weight stays as large as it was, as its learning rate is
         norm, old = getattr(pair.shared, names[0]), as_float64(conv.weight).flatten(1)
         scale = old.norm(dim=1) / weight.norm(dim=1)

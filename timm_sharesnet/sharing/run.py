@@ -79,7 +79,7 @@ class Run:
     def normalize(self) -> None:
         """Bring the kernels to units in which inputs have an RMS of 1 and outputs a variance of 1."""
         for i, block in enumerate(self.blocks):
-            self.kernels[i] = _normalize(block, self.kernels[i])
+            self.kernels[i] = normalize_kernel(block, self.kernels[i])
         self.before = self.after = mean_cosine(self.kernels)
 
     def align(self) -> None:
@@ -137,7 +137,7 @@ def _scale_input(block: SharingBlock, scale: torch.Tensor) -> None:
         layer.bias.mul_(scale.to(layer.bias))
 
 
-def _normalize(block: SharingBlock, kernel: torch.Tensor) -> torch.Tensor:
+def normalize_kernel(block: SharingBlock, kernel: torch.Tensor) -> torch.Tensor:
     """The kernel in units of its inputs and outputs. The block's batch norms are adapted: it computes the same."""
     layer = norm_before(block)
     if layer is not None and kernel.shape[1] == layer.num_features:
