@@ -14,6 +14,7 @@ from plain_nets import NARROW, PLAIN, batch_norms, noise, stages
 from timm.utils.model import freeze_batch_norm_2d
 
 from timm_sharesnet import share, unshare
+from timm_sharesnet.sharing.calibration import Batches
 from timm_sharesnet.sharing.refit import calibrate
 from timm_sharesnet.sharing.run import Run
 
@@ -54,7 +55,9 @@ def test_last_layer_is_found_again(name, kwargs):
         for j in blocks:
             nn.init.normal_(stage[j].conv3.weight if 'conv3' in stage[j].branch else stage[j].bn2.weight)
     features = [shared.forward_intermediates(batches[0])[1][1:]]
-    calibrate(shared, plain, [f'layer{i + 1}' for i in range(len(stages(shared)))], runs, batches, progress=False)
+    plain = share(plain, 0.0)
+    names = [f'layer{i + 1}' for i in range(len(stages(shared)))]
+    calibrate(shared, plain, names, runs, Batches(shared, batches), progress=False)
     features += [m.forward_intermediates(batches[0])[1][1:] for m in (shared, plain)]
     for damaged, found, expected in zip(*features, strict=True):
         assert difference(found, expected) < 0.2 < difference(damaged, expected)
@@ -198,9 +201,9 @@ def test_kernels_are_fitted_run_by_run(monkeypatch):
     model = create('resnet164_cifar', layers=(13, 3, 3))
     solve = torch.linalg.solve
 
-    def count(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def count(a: torch.Tensor, b: torch.Tensor, **kwargs: bool) -> torch.Tensor:
         held.append(sum(isinstance(o, torch.Tensor) and o.shape == (144, 144) for o in gc.get_objects()))
-        return solve(a, b)
+        return solve(a, b, **kwargs)
 
     monkeypatch.setattr(torch.linalg, 'solve', count)
     share(model, (0.5, 0, 0), 'mean', noise(model, 1, 4))

@@ -15,13 +15,12 @@ import math
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-import torch.nn as nn
 
 from ..conv_bn import as_float64
 from ..share_rate import Rate
 from .align import align
-from .refit import RIDGE_KERNEL, conv_inputs, evaluation_mode, ridge
-from .run import normalize_kernel
+from .calibration import RIDGE_KERNEL, Measurement, Place, ridge, solve
+from .run import input_rms, output_std
 
 _TINY = 1e-30  # variance, to divide by
 _OFF = 1e-12  # weight of a block whose branch adds nothing
@@ -69,17 +68,6 @@ class Budget(NamedTuple):
         return '\n'.join(lines)
 
 
-class _Candidate(NamedTuple):
-    """A run, with the sums over its blocks that its harm is computed from: of a M, a W M and a tr(W M W^T)."""
-
-    blocks: Tuple[int, ...]
-    kernel: torch.Tensor  # (C_out, C_in / groups, 3, 3), the best for all of them
-    moments: torch.Tensor  # (groups, 9 C_in / groups, 9 C_in / groups)
-    products: torch.Tensor  # (groups, C_out / groups, 9 C_in / groups)
-    energy: float
-    harm: float = 0.0
-
-
 def spend(steps: Sequence[Step], save: float, parameters: int) -> Budget:
     """Take as many steps as save a part of the parameters.
 
@@ -104,122 +92,110 @@ def runs_after(steps: Sequence[Step], stages: Iterable[str]) -> List[Rate]:
     return [runs[name] or 0.0 for name in runs]
 
 
-def steps_by_parameters(stages: Dict[str, Any], first: Dict[str, int]) -> List[Step]:
+def steps_by_parameters(blocks: Dict[Place, Any]) -> List[Step]:
     """The merges of all blocks that can share, the last stages first: there, a kernel has most parameters."""
     steps = []
-    for name, stage in reversed(stages.items()):
-        for end in range(first[name] + 2, len(stage) + 1):
-            blocks = tuple(range(first[name], end))
-            steps.append(Step(name, blocks, stage[end - 1].conv2.weight.numel()))
+    for name in reversed(dict.fromkeys(name for name, _ in blocks)):
+        indices = [i for stage, i in blocks if stage == name]
+        for end in range(2, len(indices) + 1):
+            steps.append(Step(name, tuple(indices[:end]), blocks[name, indices[0]].conv2.weight.numel()))
     return steps
 
 
-@torch.no_grad()
-def steps_by_harm(
-    model: nn.Module, stages: Dict[str, Any], first: Dict[str, int], batches: Iterable[torch.Tensor]
-) -> List[Step]:
-    """The merges of all blocks that can share, each time the one of the least harm for what it saves.
+def steps_by_harm(blocks: Dict[Place, Any], measured: Measurement) -> List[Step]:
+    """The merges of all blocks that can share, each time the one of the least harm for what it saves."""
+    seen = {place: _Seen(block, place, measured) for place, block in blocks.items()}
+    runs: Dict[str, List[_Candidate]] = {name: [] for name, _ in blocks}
+    for (name, i), one in seen.items():
+        order = torch.arange(one.kernel.shape[1])
+        runs[name].append(_Candidate((i,), (order,), one.kernel, one.products, one.energy))
 
-    Args:
-        model: The plain net, of blocks that can share. Its batch norms and kernels are changed, not what it computes.
-        stages: Its stages by name.
-        first: Index of the first block of each that can share.
-        batches: Images of shape (B, C, H, W).
-    """
-    runs = _measure(model, stages, first, batches)
-    reorder = {name: stages[name][0].layers().last != 'conv2' for name in stages}
-    merged = {name: [_merge(a, b, reorder[name]) for a, b in itertools.pairwise(runs[name])] for name in stages}
+    def merge(name: str, a: _Candidate, b: _Candidate) -> _Candidate:
+        return _merge(a, b, [seen[name, i] for i in a.blocks + b.blocks])
 
     def harm(name: str, i: int) -> float:
         return max(0.0, merged[name][i].harm - runs[name][i].harm - runs[name][i + 1].harm)
 
+    merged = {name: [merge(name, a, b) for a, b in itertools.pairwise(runs[name])] for name in runs}
     steps: List[Step] = []
     while any(merged.values()):
-        places = [(name, i) for name in stages for i in range(len(merged[name]))]
+        places = [(name, i) for name in runs for i in range(len(merged[name]))]
         name, i = min(places, key=lambda place: harm(*place) / merged[place[0]][place[1]].kernel.numel())
         run = merged[name][i]
         steps.append(Step(name, run.blocks, run.kernel.numel(), harm(name, i)))
         runs[name][i : i + 2] = [run]
         around = runs[name][max(0, i - 1) : i + 2]
-        merged[name][max(0, i - 1) : i + 2] = [_merge(a, b, reorder[name]) for a, b in itertools.pairwise(around)]
+        merged[name][max(0, i - 1) : i + 2] = [merge(name, a, b) for a, b in itertools.pairwise(around)]
     return steps
 
 
-def _merge(a: _Candidate, b: _Candidate, reorder: bool) -> _Candidate:
+class _Seen:
+    """A block in units in which its inputs have an RMS of 1, and its outputs a variance of 1.
+
+    Attributes:
+        kernel: Its own W, (C_out, C_in / groups, 3, 3).
+        products: a W M, (groups, C_out / groups, 9 C_in / groups).
+        energy: a tr(W M W^T).
+        reorders: Whether the outputs can be reordered. None if no channel can.
+    """
+
+    def __init__(self, block: Any, place: Place, measured: Measurement) -> None:
+        conv, self.inputs = block.conv2, measured.inputs[place]
+        grouped, std = conv.groups > 1, output_std(block, conv)
+        rms = None if grouped else input_rms(block, conv)
+        self.scale = None if rms is None else 1 / rms
+        self.reorders = None if grouped else block.layers().last != 'conv2'
+        self.kernel = as_float64(conv.weight) / std[:, None, None, None]
+        if rms is not None:
+            self.kernel = self.kernel * rms[:, None, None]
+        outputs = (measured.outputs[place].of_channels() / std**2).sum().item()
+        branch, stage = (v.of_channels().sum().item() for v in (measured.branches[place], measured.stages[place[0]]))
+        # a branch that adds nothing may take any kernel, but it must be computed
+        self.weight = max(_OFF, branch / max(_TINY, outputs * stage))
+        moments = self.moments()
+        kernel = self.kernel.reshape(len(moments), -1, moments.shape[1])
+        self.products = kernel @ moments
+        self.energy = (kernel * self.products).sum().item()
+
+    def moments(self, order: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """a M, (groups, 9 C_in / groups, 9 C_in / groups), of the inputs in this order."""
+        covariance = self.inputs.covariance(self.scale, order)
+        return self.weight * torch.stack([ridge(m, RIDGE_KERNEL) for m in covariance])
+
+
+class _Candidate(NamedTuple):
+    """A run, its best kernel, and sums over its blocks.
+
+    Args:
+        blocks: Indices.
+        orders: Of the inputs of each block.
+        kernel: In the order of the first block's.
+        products: Sum of a W M.
+        energy: Sum of a tr(W M W^T).
+        harm: Of the kernel.
+    """
+
+    blocks: Tuple[int, ...]
+    orders: Tuple[torch.Tensor, ...]
+    kernel: torch.Tensor
+    products: torch.Tensor
+    energy: float
+    harm: float = 0.0
+
+
+def _merge(a: _Candidate, b: _Candidate, seen: Sequence[_Seen]) -> _Candidate:
     """Two runs as one, with the best kernel for both, the channels of the second brought to the order of the first."""
-    moments, products = b.moments, b.products
-    if len(b.moments) == 1:
-        (a_ins, a_outs), (b_ins, b_outs) = align([a.kernel, b.kernel], reorder)
+    orders, products = a.orders + b.orders, b.products
+    if seen[0].reorders is not None:
+        (a_ins, a_outs), (b_ins, b_outs) = align([a.kernel, b.kernel], seen[0].reorders)
         ins, outs = b_ins[a_ins.argsort()], b_outs[a_outs.argsort()]
+        orders = a.orders + tuple(order[ins] for order in b.orders)
         index = (9 * ins[:, None] + torch.arange(9)).flatten()
-        moments, products = moments[:, index][:, :, index], products[:, outs][:, :, index]
-    moments, products, energy = a.moments + moments, a.products + products, a.energy + b.energy
-    kernel = torch.linalg.solve(moments, products, left=False)
+        products = products[:, outs][:, :, index]
+    products, energy = a.products + products, a.energy + b.energy
+    moments: torch.Tensor = torch.zeros((), dtype=torch.float64)
+    for one, order in zip(seen, orders, strict=True):
+        moments = moments + one.moments(None if one.reorders is None else order)
+    kernel = solve(moments, products)
     harm = max(0.0, energy - (kernel * products).sum().item())
-    return _Candidate(a.blocks + b.blocks, kernel.flatten().view_as(a.kernel), moments, products, energy, harm)
-
-
-def _measure(
-    model: nn.Module, stages: Dict[str, Any], first: Dict[str, int], batches: Iterable[torch.Tensor]
-) -> Dict[str, List[_Candidate]]:
-    """Each block that can share as a run of its own."""
-    blocks = {(name, i): stage[i] for name, stage in stages.items() for i in range(first[name], len(stage))}
-    for block in blocks.values():
-        block.conv2.weight.copy_(normalize_kernel(block, as_float64(block.conv2.weight)))
-    inputs = {place: _Covariance(block.conv2) for place, block in blocks.items()}
-    outputs = {place: _Variance(block.conv2) for place, block in blocks.items()}
-    branches = {place: _Variance(getattr(block, block.layers().names[-1])) for place, block in blocks.items()}
-    streams = {name: _Variance(stage) for name, stage in stages.items()}
-    try:
-        with evaluation_mode(model):
-            for batch in batches:
-                model(batch)
-    finally:
-        for sums in (*inputs.values(), *outputs.values(), *branches.values(), *streams.values()):
-            sums.hook.remove()
-    runs: Dict[str, List[_Candidate]] = {name: [] for name in stages}
-    for (name, i), block in blocks.items():
-        place = name, i
-        weight = branches[place].total() / max(_TINY, outputs[place].total() * streams[name].total())
-        weight = max(weight, _OFF)  # a branch that adds nothing may take any kernel, but it must be computed
-        moments = weight * torch.stack([ridge(m, RIDGE_KERNEL) for m in inputs[place].covariance()])
-        kernel = as_float64(block.conv2.weight)
-        products = kernel.view(len(moments), -1, moments.shape[1]) @ moments
-        energy = (kernel.view_as(products) * products).sum().item()
-        runs[name].append(_Candidate((i,), kernel, moments, products, energy))
-    return runs
-
-
-class _Variance:
-    """Sums over what a layer gives, of which the variance is computed."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.count, self.sum, self.squares = 0, torch.zeros(()), torch.zeros(())
-        self.hook = layer.register_forward_hook(self.add)
-
-    def add(self, _: nn.Module, __: Any, y: torch.Tensor) -> None:
-        self.sum = self.sum + as_float64(y.sum((0, 2, 3), dtype=torch.float32))
-        self.squares = self.squares + as_float64(y.square().sum((0, 2, 3), dtype=torch.float32))
-        self.count += y.numel() // y.shape[1]
-
-    def total(self) -> float:
-        """The variance, summed over the channels."""
-        return (self.squares / self.count - (self.sum / self.count) ** 2).sum().item()
-
-
-class _Covariance:
-    """Sums over the inputs of a 3x3, of which the covariance (groups, 9 C_in / groups, the same) is computed."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        self.count, self.sum, self.products = 0, torch.zeros(()), torch.zeros(())
-        self.hook = conv.register_forward_hook(self.add)
-
-    def add(self, conv: Any, x: Tuple[torch.Tensor], _: torch.Tensor) -> None:
-        x_ = conv_inputs(x[0], conv)
-        x_ = x_.view(conv.groups, -1, x_.shape[1])
-        self.sum, self.products = self.sum + as_float64(x_.sum(2)), self.products + as_float64(x_ @ x_.mT)
-        self.count += x_.shape[2]
-
-    def covariance(self) -> torch.Tensor:
-        mean = self.sum / self.count
-        return self.products / self.count - mean[:, :, None] * mean[:, None]
+    return _Candidate(a.blocks + b.blocks, orders, kernel.reshape(a.kernel.shape), products, energy, harm)

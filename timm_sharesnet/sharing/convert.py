@@ -1,6 +1,7 @@
 """Plain nets to shared ones, with or without their weights, and back."""
 
 import copy
+import itertools
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -15,7 +16,8 @@ from ..resnetv2 import CifarResNetV2
 from ..share_rate import ShareRate, as_python, split_runs, stage_rates
 from ..stage import SharedStage, SharingBlock
 from .budget import Budget, Step, runs_after, spend, steps_by_harm, steps_by_parameters
-from .refit import calibrate, checked_batches, why_not_fitted
+from .calibration import Batches, Measurement, Place
+from .refit import calibrate, why_not_fitted
 from .run import INITS, Merge, Run
 
 __all__ = ['create_shared', 'share', 'unshare']
@@ -96,36 +98,43 @@ def share(
     if infinite:
         raise ValueError(f'{infinite} has values that are not finite, nothing can be made of them.')
     shared = copy.deepcopy(model)
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    plain = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # which nothing changes
     synchronised = [m for m in shared.modules() if type(m) is nn.SyncBatchNorm]
-    for m in synchronised:  # each process has all images
-        m.__class__ = nn.BatchNorm2d
+    for m in (*synchronised, *plain.modules()):  # each process has all images
+        if type(m) is nn.SyncBatchNorm:
+            m.__class__ = nn.BatchNorm2d
+    _share_stages(plain, 0.0)
+    batches = None if images is None else Batches(model, images, progress)
+    measured = None
+    if batches is not None and (refit and init in ('align', 'mean') or save is not None):
+        batches.keep()
+        measured = Measurement(plain, _blocks_that_can_share(plain), batches, save is not None)
     budget = None
     if save is not None:
-        if images is not None:
-            images = list(checked_batches(model, images, progress))
-            if not images:
-                raise ValueError('images is empty, and nothing tells where sharing costs least.')
-        budget = spend(_steps(model, images), save, sum(p.numel() for p in model.parameters()))
+        steps = _steps(plain, measured)
+        budget = spend(steps, save, sum(p.numel() for p in model.parameters()))
         rate = runs_after(budget.steps[: budget.taken], _stage_names(model))
-        images = images if budget.taken else None  # the net stays as it is
+        batches = batches if budget.taken else None  # the net stays as it is
     rate = 1.0 if rate is None else rate
     stage_runs = _share_stages(shared, rate)
     runs: List[Run] = []
     notes: List[str] = []
     with torch.no_grad():
         for name, indices_of_runs in stage_runs.items():
-            stage, plain = shared.get_submodule(name), list(model.get_submodule(name))
+            stage, blocks = shared.get_submodule(name), list(plain.get_submodule(name))
             for indices in indices_of_runs:
-                run = Run(name, stage, indices, [plain[i].conv2.weight for i in indices])
-                run.merge(init)
+                run = Run(name, stage, indices, [blocks[i].conv2.weight for i in indices])
+                run.merge(init, [measured.inputs[name, i] for i in indices] if measured and refit else [])
                 runs.append(run)
                 if init == 'align' and run.conv.groups > 1:
                     notes.append(f'{name}: grouped convolutions are not aligned, their mean was taken')
                 why = why_not_fitted(run.blocks[0])
-                if images is not None and refit and why:
+                if batches is not None and refit and why:
                     notes.append(f'{name}: {why}')
-        if images is not None:
-            calibrate(shared, model, stage_runs, runs if refit else [], images, progress)
+        if batches is not None:
+            measured = None  # it is large
+            calibrate(shared, plain, stage_runs, runs if refit else [], batches, progress)
             frozen = sum(type(m).__name__.startswith('FrozenBatchNorm') for m in shared.modules())
             if frozen:
                 notes.append(f'{frozen} batch norms are frozen and keep their statistics, which may not fit')
@@ -142,14 +151,20 @@ def share(
     return shared
 
 
-def _steps(model: nn.Module, images: Optional[Iterable[torch.Tensor]]) -> List[Step]:
+def _blocks_that_can_share(plain: nn.Module) -> Dict[Place, SharingBlock]:
+    """The blocks of a net at rate 0 that can share, in stages where there are two."""
+    names, blocks = _stage_names(plain), {}
+    for name, stage in _plain_stages(plain).items():
+        first = stage[0].first_shared(names.index(name))
+        if first + 1 < len(stage):
+            blocks |= {(name, i): stage[i] for i in range(first, len(stage))}
+    return blocks
+
+
+def _steps(plain: nn.Module, measured: Optional[Measurement]) -> List[Step]:
     """All that a budget can be spent on, in the order in which it is."""
-    plain = copy.deepcopy(model)
-    _share_stages(plain, 0.0)
-    names = _stage_names(plain)
-    stages = {name: plain.get_submodule(name) for name in _plain_stages(plain)}
-    first = {name: stage[0].first_shared(names.index(name)) for name, stage in stages.items()}
-    return steps_by_parameters(stages, first) if images is None else steps_by_harm(plain, stages, first, images)
+    blocks = _blocks_that_can_share(plain)
+    return steps_by_parameters(blocks) if measured is None else steps_by_harm(blocks, measured)
 
 
 def _not_finite(model: nn.Module) -> str:

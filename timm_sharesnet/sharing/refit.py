@@ -1,30 +1,28 @@
-"""What a shared net is given by images without labels: kernels, the last 1x1 of its blocks, batch norm statistics.
+"""What images without labels make good in a net that shares.
 
-* A shared kernel is the one whose outputs are nearest to those of the kernels that it stands for, each on its block's
-  inputs in the plain net: their mean, weighted by the inputs' second moments (RegMean of `Dataless Knowledge Fusion by
-  Merging Weights of Language Models` - https://arxiv.org/abs/2212.09849).
-* The last 1x1 of each bottleneck is refitted by ridge regression, in a basic block the last batch norm, one block after
-  the other.
+The last 1x1 of each bottleneck is refitted by ridge regression, in a basic block the last batch norm, one block after
+the other. Then the statistics of all batch norms are estimated anew.
 """
 
 import contextlib
-import copy
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 from timm.models.resnet import ResNet
 
 from ..conv_bn import as_float64, is_plain
+from ..resnetv2 import CifarResNetV2
+from .calibration import Batches, captured, collecting_statistics, evaluation_mode, ridge, solve
 from .run import Run
 
-# Ridges, relative to the mean second moment of an input. They only keep what is hardly seen from growing: of the 9 C
-# inputs of a kernel, neighbours in the image, that is more than of the C of a 1x1.
-RIDGE_KERNEL, _RIDGE = 0.1, 0.01
-_TINY = 1e-30  # above the square of what float32 tells from zero
-_POSITIONS = 8  # of a kernel, along each side of an image: neighbours see nearly the same
+_RIDGE = 0.01  # of a 1x1, as `calibration.RIDGE_KERNEL`
+_ROOM = 2.5e8  # bytes for the images between two blocks, in both nets
+# At least so many images, and positions in them, go through a block together: while the statistics of a batch norm are
+# estimated, it takes those of the images that come together
+_IMAGES, _POSITIONS = 16, 8192
+
 
 Tensors = Tuple[torch.Tensor, torch.Tensor]
 
@@ -37,202 +35,169 @@ class BlockPair(NamedTuple):
         shared: The shared net's.
         conv: The convolution of its stage that the shared one uses, None if it has its own.
         run: The run that it is in, None if in none.
-        kernel: The kernel that it had for itself, None if the run's is not fitted.
-        ends: Whether it is the last block of its run.
     """
 
     plain: Any
     shared: Any
     conv: Optional[nn.Module] = None
     run: Optional[Run] = None
-    kernel: Optional[torch.Tensor] = None
-    ends: bool = False
 
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module,
-    plain: nn.Module,
-    stages: Iterable[str],
-    runs: Sequence[Run],
-    images: Iterable[Any],
-    progress: bool,
+    model: nn.Module, plain: nn.Module, stages: Iterable[str], runs: Sequence[Run], batches: Batches, progress: bool
 ) -> None:
     """Fit what blocks share and their last 1x1, and estimate the statistics of all batch norms anew.
 
     Args:
         model: Shared net, changed in place. It has the plain net's statistics.
-        plain: Net that it was made of.
+        plain: Net that it was made of, at rate 0.
         stages: Names of the stages.
-        runs: What to fit. If empty, images are taken one batch after the other.
-        images: As for `share`.
-        progress: Show progress bars.
+        runs: What to fit. If empty, images are gone through once, else several times.
+        batches: Images.
+        progress: Show a progress bar of the blocks.
 
     Raises:
         TypeError: If a batch of images is no tensor of floats.
         ValueError: If there are no images, their shape is not the net's, or they have values that are not finite.
     """
-    batches: Iterable[torch.Tensor] = checked_batches(model, images, progress)
-    if runs and (batches := list(batches)):
-        plain = copy.deepcopy(plain)
-        with evaluation_mode(model), evaluation_mode(plain):
-            pairs = [pair for name in stages for pair in _block_pairs(model, plain, name, runs)]
-            inputs = [_stem(plain, x) for x in batches]
-            _fit_kernels(tqdm(pairs, 'kernels', unit='block', disable=not progress), inputs)
-            _fit_last(tqdm(pairs, 'last 1x1', unit='block', disable=not progress), inputs)
-    count = 0
-    with _collecting_statistics(model) as forward:
-        for batch in batches:
-            forward(batch)
-            count += len(batch)
-    if not count:
-        raise ValueError('images is empty, and the statistics of the batch norms cannot be estimated.')
-
-
-def checked_batches(model: Any, images: Any, progress: bool) -> Iterator[torch.Tensor]:
-    """The batches of images that are not empty, as tensors where the model is."""
-    parameter = next(model.parameters())
-    expected = f'batches of preprocessed images, tensors of shape (B, {model.in_chans}, H, W), or tuples that begin so'
-    one = isinstance(images, torch.Tensor) and images.ndim < 5
-    if one or isinstance(images, dict) or not isinstance(images, Iterable):
-        got = f'one of shape {tuple(images.shape)}' if one else type(images).__name__
-        raise TypeError(f'images must be several {expected}, got {got}: put a single batch into a list.')
-    for i, item in enumerate(tqdm(images, 'images', unit='batch', disable=not progress)):
-        x = item[0] if isinstance(item, (list, tuple)) and len(item) else item
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            got = str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
-            raise TypeError(f'images must be {expected}, and number {i} is of {got}.')
-        if x.ndim != 4 or x.shape[1] != model.in_chans:
-            raise ValueError(f'images must be {expected}, and number {i} has shape {tuple(x.shape)}.')
-        if not x.isfinite().all():
-            raise ValueError(f'images: batch {i} has values that are not finite.')
-        if len(x):
-            yield x.to(parameter)
+    if not runs:
+        with collecting_statistics(model) as forward:
+            for batch in batches.run('statistics'):
+                forward(batch)
+        return
+    batches.keep()
+    pairs = [pair for name in stages for pair in _block_pairs(model, plain, name, runs)]
+    with evaluation_mode(model), evaluation_mode(plain):
+        streams = _Streams(model, plain, pairs, batches)
+        for i, pair in enumerate(tqdm(pairs, 'last 1x1', unit='block', disable=not progress)):
+            streams.make_room(i)
+            _fit_block(pair, streams.parts)
+        if isinstance(model, CifarResNetV2):
+            with collecting_statistics(model.norm) as forward:
+                for part in streams.parts:
+                    forward(part.shared)
 
 
 def _block_pairs(model: Any, plain: Any, name: str, runs: Sequence[Run]) -> Iterator[BlockPair]:
     stage = model.get_submodule(name)
     of_block = {i: run for run in runs if run.stage == name for i in run.indices}
     for i, (original, block) in enumerate(zip(plain.get_submodule(name), stage, strict=True)):
-        run = of_block.get(i)
-        if run is None:
-            yield BlockPair(original, block, stage.conv_of(i))
-        else:
-            kernel = run.kernels[run.indices.index(i)] if run.fits else None
-            yield BlockPair(original, block, stage.conv_of(i), run, kernel, i == run.indices[-1])
+        yield BlockPair(original, block, stage.conv_of(i), of_block.get(i))
 
 
-def _stem(model: Any, x: torch.Tensor) -> torch.Tensor:
-    x = model.conv1(x)
-    return model.maxpool(model.act1(model.bn1(x))) if isinstance(model, ResNet) else x
+def _stem(model: Any) -> nn.Sequential:
+    layers = [model.conv1, model.bn1, model.act1, model.maxpool] if isinstance(model, ResNet) else [model.conv1]
+    return nn.Sequential(*layers)
 
 
-@contextlib.contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
+class _Streams:
+    """Images between two blocks, as they are in the plain net and in the shared one.
 
+    Of all images there is every n-th, n a power of 2, and as many as there is room for: where their maps are large, few
+    of them have many positions.
 
-@contextlib.contextmanager
-def _collecting_statistics(module: nn.Module) -> Iterator[Callable[..., Any]]:
-    """Gives the function to call the module by. Its batch norms meanwhile collect new statistics.
-
-    They are the mean over the images of all calls: a last batch of few images counts as few.
+    Attributes:
+        parts: The images, several together.
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    momenta = {norm: norm.momentum for norm in norms}
-    count = 0
 
-    def forward(x: torch.Tensor, *args: Any) -> Any:
-        nonlocal count
-        count += len(x)
-        for norm in norms:
-            norm.momentum = len(x) / count
-        try:
-            return module(x, *args)
-        except ValueError as e:  # of torch's batch norm
-            raise ValueError(f'images: {e}: give batches of at least two images, or larger ones.') from e
+    def __init__(self, model: nn.Module, plain: nn.Module, pairs: Sequence[BlockPair], batches: Batches) -> None:
+        """Take images through the stems, and estimate the statistics of the shared net's on all of them."""
+        self.stems, self.pairs, self.batches = (_stem(plain), _stem(model)), pairs, batches
+        self.sizes: List[int] = []
+        self.every = 0  # none is there yet
+        chosen = []
+        with collecting_statistics(self.stems[1]) as forward:
+            for indices, batch in self._numbered('stem'):
+                if not self.sizes:
+                    self.sizes = self._sizes(batch[:1])
+                    every = self._every(0)
+                forward(batch)
+                chosen += self._wanted(indices, batch, every)
+        self.parts = [self._after_stems(part) for part in _together(chosen)]
+        self.every = every
 
-    with evaluation_mode(module):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.train()
-        try:
-            yield forward
-        finally:
-            for norm, momentum in momenta.items():
-                norm.momentum = momentum
+    def make_room(self, i: int) -> None:
+        """Have as many images before block i as there is room for."""
+        every = self._every(i)
+        if every > self.every:
+            parts = [part.chosen(part.indices % every == 0) for part in self.parts]
+            self.parts = [part for part in parts if len(part.indices)]
+        elif every < self.every:
+            new = (part for batch in self._numbered('images') for part in self._wanted(*batch, every))
+            for part in map(self._after_stems, _together(new)):
+                for pair in self.pairs[:i]:
+                    part = _Part(part.indices, pair.plain(part.plain), pair.shared(part.shared, pair.conv))
+                self.parts.append(part)
+        self.every = every
+        old = self.parts[::-1]
+        self.parts = []
+        self.parts = list(_together(old.pop() for _ in range(len(old))))
+
+    def _sizes(self, x: torch.Tensor) -> List[int]:
+        """Bytes of an image at each block, in both nets."""
+        x, sizes = self.stems[0](x), []
+        for pair in self.pairs:
+            y = pair.plain(x)
+            sizes.append(2 * x.element_size() * max(x.numel(), y.numel()))
+            x = y
+        return sizes
+
+    def _every(self, i: int) -> int:
+        every, count = 1, self.batches.count
+        while every < count and -(-count // every) * self.sizes[i] > _ROOM:
+            every *= 2
+        return every
+
+    def _numbered(self, what: str) -> Iterator[Tensors]:
+        start = 0
+        for batch in self.batches.run(what):
+            yield torch.arange(start, start + len(batch)), batch
+            start += len(batch)
+
+    def _wanted(self, indices: torch.Tensor, batch: torch.Tensor, every: int) -> List['_Part']:
+        """Those of some images that are to be there and are not."""
+        wanted = indices % every == 0
+        if self.every:
+            wanted &= indices % self.every != 0
+        return [_Part(indices, batch, batch).chosen(wanted)] if wanted.any() else []
+
+    def _after_stems(self, part: '_Part') -> '_Part':
+        return _Part(part.indices, self.stems[0](part.plain), self.stems[1](part.shared))
 
 
-@contextlib.contextmanager
-def _captured(module: nn.Module, output: bool = False) -> Iterator[List[torch.Tensor]]:
-    """Gives a list that gets the input, or the output, of each call of the module."""
-    tensors: List[torch.Tensor] = []
-    # an output is copied, as the shortcut may be added to it in place
-    hook = module.register_forward_hook(lambda _, x, y: tensors.append(y.clone() if output else x[0]))
-    try:
-        yield tensors
-    finally:
-        hook.remove()
+class _Part(NamedTuple):
+    """Some images between two blocks.
 
-
-# ---- The shared kernels
-
-
-def _fit_kernels(pairs: Iterable[BlockPair], inputs: Sequence[torch.Tensor]) -> None:
-    """Set the kernels that blocks share, given the inputs of the first block.
-
-    The blocks still compute, up to their 3x3, what the plain net's do.
+    Args:
+        indices: Which of all images they are.
+        plain: As they are in the plain net.
+        shared: As they are in the shared net.
     """
-    inputs = list(inputs)
-    sums: Dict[Run, Tensors] = {}  # of the runs whose last block is still to come
-    for pair in pairs:
-        if pair.run is not None and pair.kernel is not None:
-            moments = ridge(_second_moments(pair, inputs), RIDGE_KERNEL)
-            product = pair.kernel.flatten(1) @ moments
-            if pair.run in sums:
-                sums[pair.run][0].add_(moments)
-                sums[pair.run][1].add_(product)
-            else:
-                sums[pair.run] = moments, product
-            if pair.ends:
-                total, products = sums.pop(pair.run)
-                weight = pair.run.conv.weight
-                kernel = torch.linalg.solve(total, products.T).T.reshape(weight.shape)
-                if pair.run.has_free_scale and kernel.any():  # it stays as large as it was, as its learning rate is
-                    kernel = kernel * (as_float64(weight).norm() / kernel.norm())
-                weight.copy_(kernel)
-        for i, x in enumerate(inputs):
-            inputs[i] = pair.plain(x)
+
+    indices: torch.Tensor
+    plain: torch.Tensor
+    shared: torch.Tensor
+
+    def chosen(self, which: torch.Tensor) -> '_Part':
+        on_device = which.to(self.plain.device)
+        return _Part(self.indices[which], self.plain[on_device], self.shared[on_device])
 
 
-def _second_moments(pair: BlockPair, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Second moments (9 C, 9 C) of the inputs of a block's 3x3 in the plain net."""
-    conv: Any = pair.conv
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for x in inputs:
-        with _captured(conv) as captured:
-            pair.shared(x, conv)
-        x = conv_inputs(captured[0], conv)
-        total = total + as_float64(x @ x.T)
-        count += x.shape[1]
-    return total / count
-
-
-def conv_inputs(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
-    """What a 3x3 sees of its input (B, C, H, W) at some positions: (9 C, positions)."""
-    stride = max(1, x.shape[-2] // _POSITIONS), max(1, x.shape[-1] // _POSITIONS)
-    return F.unfold(x.float(), 3, conv.dilation, conv.padding, stride).transpose(0, 1).flatten(1)
-
-
-def ridge(moments: torch.Tensor, strength: float) -> torch.Tensor:
-    mean = moments.diagonal().mean().clamp(min=_TINY)  # of inputs that are all zero, too
-    return moments + strength * mean * torch.eye(len(moments), dtype=moments.dtype)
+def _together(parts: Iterable[_Part]) -> Iterator[_Part]:
+    """Join parts, as the statistics of few images are not those of all."""
+    waiting: List[_Part] = []
+    for part in parts:
+        if waiting and waiting[0].plain.shape[1:] != part.plain.shape[1:]:
+            yield _Part(*map(torch.cat, zip(*waiting, strict=True)))
+            waiting = []
+        waiting.append(part)
+        images = sum(len(one.indices) for one in waiting)
+        if images >= _IMAGES and images * part.plain[0, 0].numel() >= _POSITIONS:
+            yield _Part(*map(torch.cat, zip(*waiting, strict=True)))
+            waiting = []
+    if waiting:
+        yield _Part(*map(torch.cat, zip(*waiting, strict=True)))
 
 
 # ---- The last layer of a block
@@ -257,89 +222,89 @@ def why_not_fitted(block: Any) -> str:
     return 'the last 1x1 is not refitted, as it is not followed by a BatchNorm2d'
 
 
-def _fit_last(pairs: Iterable[BlockPair], inputs: Sequence[torch.Tensor]) -> None:
-    """Fit the last 1x1 of blocks that share, or the batch norm after the 3x3, one block after the other.
+def _fit_block(pair: BlockPair, parts: List[_Part]) -> None:
+    """Fit the last 1x1 of a block that shares, or the batch norm after the 3x3, and take the images behind the block.
 
-    Each is fitted so that the sum of branch and shortcut is that of the plain net: what went wrong before is made good
-    as far as it can be.
+    It is fitted so that the sum of branch and shortcut is that of the plain net: what went wrong before is made good as
+    far as it can be. The block's other batch norms get the statistics of the images.
     """
-    streams = [(x, x) for x in inputs]  # of the plain net and of the shared one
-    for pair in pairs:
-        _update_statistics(pair, streams)
-        if pair.run is not None and can_fit(pair.shared):
-            if pair.shared.layers().last == 'conv2':
-                _fit_norm(pair, streams)
-            else:
-                _fit_1x1(pair, streams)
-        for i, (a, b) in enumerate(streams):
-            streams[i] = pair.plain(a), pair.shared(b, pair.conv)
-
-
-def _update_statistics(pair: BlockPair, streams: Sequence[Tensors]) -> None:
-    with _collecting_statistics(pair.shared) as forward:
-        for _, x in streams:
-            forward(x, pair.conv)
+    layers = pair.shared.layers()
+    fits = pair.run is not None and can_fit(pair.shared)
+    norms = layers.after_last[:1]
+    of_1x1 = layers.last != 'conv2'
+    moments = _Moments(channelwise=not of_1x1)
+    with contextlib.ExitStack() as stack:
+        forward = stack.enter_context(collecting_statistics(pair.shared))
+        if fits:
+            name = layers.last if of_1x1 else norms[0]
+            inputs = stack.enter_context(captured(getattr(pair.shared, name)))
+            outputs = stack.enter_context(captured(getattr(pair.plain, norms[0] if norms else name), output=True))
+            shortcuts = [
+                stack.enter_context(captured(block.downsample, output=True)) if block.downsample is not None else None
+                for block in (pair.plain, pair.shared)
+            ]
+        for i, (indices, a, b) in enumerate(parts):
+            forward(b, pair.conv)
+            parts[i] = _Part(indices, pair.plain(a), b)
+            if fits:
+                x, y = inputs.pop(), outputs.pop()
+                ours, theirs = (x if of is None else of.pop() for x, of in zip((a, b), shortcuts, strict=True))
+                if len(layers.after_last) < 2:  # else an attention is between, for the difference to come through
+                    y = y + ours - theirs
+                moments.add(x.float().transpose(0, 1).flatten(1), y.float().transpose(0, 1).flatten(1))
+    if fits and of_1x1:
+        _fit_1x1(getattr(pair.shared, layers.last), getattr(pair.shared, norms[0]) if norms else None, moments)
+    elif fits:
+        _fit_norm(getattr(pair.shared, norms[0]), moments)
+    for i, (indices, a, b) in enumerate(parts):
+        parts[i] = _Part(indices, a, pair.shared(b, pair.conv))
 
 
 class _Moments:
-    """Means, and second moments about them, of what goes into a layer and what should come out of the branch."""
+    """Means, and second moments about them, of what goes into a layer (C_in, N) and what should come out (C_out, N)."""
 
-    def __init__(self, pair: BlockPair, streams: Sequence[Tensors], name: str, channelwise: bool) -> None:
-        zero = torch.zeros((), dtype=torch.float64)
-        count, x_sum, y_sum, xx, yx = 0, zero, zero, zero, zero
-        for x, y in _regression_data(pair, streams, name):
-            x_sum, y_sum = x_sum + as_float64(x.sum(1)), y_sum + as_float64(y.sum(1))
-            xx = xx + as_float64((x * x).sum(1) if channelwise else x @ x.T)
-            yx = yx + as_float64((y * x).sum(1) if channelwise else y @ x.T)
-            count += x.shape[1]
-        product = torch.mul if channelwise else torch.outer
-        self.x_mean, self.y_mean = x_sum / count, y_sum / count
-        self.xx = xx / count - product(self.x_mean, self.x_mean)
-        self.yx = yx / count - product(self.y_mean, self.x_mean)
+    def __init__(self, channelwise: bool) -> None:
+        """
+        Args:
+            channelwise: Whether each output has one input of its own.
+        """
+        self.channelwise, self.count = channelwise, 0
+        self.sums = [torch.zeros((), dtype=torch.float64) for _ in range(4)]
 
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        products = [(z * x).sum(1) if self.channelwise else z @ x.T for z in (x, y)]
+        new = x.sum(1), y.sum(1), *products
+        self.sums = [old + as_float64(sum_) for old, sum_ in zip(self.sums, new, strict=True)]
+        self.count += x.shape[1]
 
-def _regression_data(pair: BlockPair, streams: Sequence[Tensors], name: str) -> Iterator[Tensors]:
-    """The inputs (C_in, N) of a layer, and what the branch's last batch norm (or else convolution) should give.
+    def means(self) -> Tensors:
+        """Of x (C_in) and y (C_out)."""
+        return self.sums[0] / self.count, self.sums[1] / self.count
 
-    That is of shape (C_out, N). There is one of each for a batch.
-    """
-    names = pair.shared.layers().after_last
-    for a, b in streams:
-        with _captured(getattr(pair.plain, names[0] if names else name), output=True) as outputs:
-            pair.plain(a)
-        with _captured(getattr(pair.shared, name)) as inputs:
-            pair.shared(b, pair.conv)
-        y = outputs[0]
-        if len(names) < 2:  # else there is an attention that the difference would have to come through
-            y = y + _shortcut(pair.plain, a) - _shortcut(pair.shared, b)
-        yield inputs[0].float().transpose(0, 1).flatten(1), y.float().transpose(0, 1).flatten(1)
+    def products(self) -> Tensors:
+        """Of x and x (C_in, C_in), and of y and x (C_out, C_in), or one for each channel."""
+        product = torch.mul if self.channelwise else torch.outer
+        x, y = self.means()
+        return self.sums[2] / self.count - product(x, x), self.sums[3] / self.count - product(y, x)
 
 
-def _shortcut(block: Any, x: torch.Tensor) -> torch.Tensor:
-    return x if block.downsample is None else block.downsample(x)
-
-
-def _fit_1x1(pair: BlockPair, streams: Sequence[Tensors]) -> None:
-    layers = pair.shared.layers()
-    conv, names = getattr(pair.shared, layers.last), layers.after_last
-    moments = _Moments(pair, streams, layers.last, channelwise=False)
-    weight = torch.linalg.solve(ridge(moments.xx, _RIDGE), moments.yx.T).T
-    if names:  # the scale is the norm's, and the weight stays as large as it was, as its learning rate is
-        norm, old = getattr(pair.shared, names[0]), as_float64(conv.weight).flatten(1)
+def _fit_1x1(conv: nn.Conv2d, norm: Optional[nn.BatchNorm2d], moments: _Moments) -> None:
+    (x_mean, y_mean), (xx, yx) = moments.means(), moments.products()
+    weight = solve(ridge(xx.clone(), _RIDGE), yx)
+    if norm is not None:  # the scale is the norm's, and the weight stays as large as it was, as its learning rate is
+        old = as_float64(conv.weight).flatten(1)
         scale = old.norm(dim=1) / weight.norm(dim=1)
         dead = ~scale.isfinite() | (scale == 0)  # the plain net's output is constant
         weight = torch.where(dead[:, None], old, weight * scale[:, None])
-        std = (((weight @ moments.xx) * weight).sum(1) + norm.eps).sqrt()
-        norm.weight.copy_(torch.where(dead, 0.0, std / scale))
-        norm.bias.copy_(moments.y_mean)
+        var = ((weight @ xx) * weight).sum(1)
+        norm.running_mean.copy_(weight @ x_mean)
+        norm.running_var.copy_(var)
+        norm.weight.copy_(torch.where(dead, 0.0, (var + norm.eps).sqrt() / scale))
+        norm.bias.copy_(y_mean)
     conv.weight.copy_(weight[:, :, None, None])
-    if names:
-        _update_statistics(pair, streams)
 
 
-def _fit_norm(pair: BlockPair, streams: Sequence[Tensors]) -> None:
-    name = pair.shared.layers().after_last[0]
-    norm = getattr(pair.shared, name)
-    moments = _Moments(pair, streams, name, channelwise=True)
-    norm.weight.copy_(moments.yx / (moments.xx.clamp(min=0) + norm.eps).sqrt())
-    norm.bias.copy_(moments.y_mean)
+def _fit_norm(norm: nn.BatchNorm2d, moments: _Moments) -> None:
+    (_, y_mean), (xx, yx) = moments.means(), moments.products()
+    norm.weight.copy_(yx / (xx.clamp(min=0) + norm.eps).sqrt())
+    norm.bias.copy_(y_mean)

@@ -10,6 +10,7 @@ import torch.nn as nn
 from ..conv_bn import as_float64
 from ..stage import SharedStage, SharingBlock
 from .align import align, mean_cosine, norm
+from .calibration import RIDGE_KERNEL, InputMoments, ridge, solve
 
 INITS = 'align', 'mean', 'first', 'random'
 
@@ -50,7 +51,7 @@ class Run:
         blocks: The blocks, which are adapted to what becomes of the kernels.
         conv: The convolution that they share.
         kernels: The kernel (C, C / groups, 3, 3) that each has for itself, in float64.
-        fits: Whether the shared kernel may be fitted to those, given images.
+        scales, orders: What became of the inputs (C) of each kernel: what they were multiplied by, their order.
         before, after: Mean cosine of two kernels, and the same after alignment.
     """
 
@@ -59,34 +60,54 @@ class Run:
         self.blocks: List[SharingBlock] = [stage[i] for i in indices]
         self.conv: nn.Conv2d = stage.conv_of(indices[0])
         self.kernels = [as_float64(kernel) for kernel in kernels]
-        self.fits = False
+        chs = self.conv.in_channels
+        self.scales = [torch.ones(chs, dtype=torch.float64) for _ in kernels]
+        self.orders = [torch.arange(chs) for _ in kernels]
         self.before = self.after = math.nan
 
-    @property
-    def has_free_scale(self) -> bool:
-        """Whether a batch norm after the kernel makes its scale free."""
-        return norm_after(self.blocks[0]) is not None
+    def merge(self, init: str, inputs: Sequence[InputMoments] = ()) -> None:
+        """Make the kernel that the blocks share.
 
-    def merge(self, init: str) -> None:
-        """Make the kernel that the blocks share, see `timm_sharesnet.share` for `init`."""
+        Args:
+            init: See `timm_sharesnet.share`.
+            inputs: Of each block's 3x3 in the plain net, to fit the kernel to if it is a mean.
+        """
         self.normalize()
         grouped = self.conv.groups > 1
         if init == 'align' and not grouped:
             self.align()
         self.install(self.choose(init))
-        self.fits = init in ('align', 'mean') and not grouped
+        if inputs and init in ('align', 'mean') and not grouped:
+            self.fit(inputs)
 
     def normalize(self) -> None:
         """Bring the kernels to units in which inputs have an RMS of 1 and outputs a variance of 1."""
         for i, block in enumerate(self.blocks):
-            self.kernels[i] = normalize_kernel(block, self.kernels[i])
+            rms, std = input_rms(block, self.conv), output_std(block, self.conv)
+            self.kernels[i] = self.kernels[i] / std[:, None, None, None]
+            if self.conv.groups == 1:
+                self.kernels[i] = self.kernels[i] * rms[:, None, None]
+                self.scale_inputs(i, 1 / rms)
+            layer = norm_after(block)
+            if layer is not None:
+                layer.running_mean.div_(std.to(layer.running_mean))
+                layer.running_var.fill_(1 - layer.eps)
         self.before = self.after = mean_cosine(self.kernels)
+
+    def scale_inputs(self, i: int, scale: torch.Tensor) -> None:
+        """Multiply the inputs of a block's 3x3, one factor a channel, where a batch norm can do it."""
+        layer = norm_before(self.blocks[i])
+        if layer is not None:
+            layer.weight.mul_(scale.to(layer.weight))
+            layer.bias.mul_(scale.to(layer.bias))
+            self.scales[i] = self.scales[i] * scale
 
     def align(self) -> None:
         """Reorder the blocks' inner channels, which leaves what they compute, so that the kernels are near."""
         outputs = self.blocks[0].layers().last != 'conv2'  # else they are added to the stream, which has its order
         for i, (ins, outs) in enumerate(align(self.kernels, outputs)):
             self.kernels[i] = self.kernels[i][outs][:, ins]
+            self.orders[i] = ins
             permute_channels(self.blocks[i], ins, outs)
         self.after = mean_cosine(self.kernels)
 
@@ -104,8 +125,24 @@ class Run:
         for i, block in enumerate(self.blocks):
             if norm_after(block) is None and kernel.any():
                 own = norm(self.kernels[i])
-                _scale_input(block, (self.kernels[i].norm() / norm(kernel)).expand(kernel.shape[1]))
+                self.scale_inputs(i, (self.kernels[i].norm() / norm(kernel)).expand(self.conv.in_channels))
                 self.kernels[i] = self.kernels[i] * (norm(kernel) / own)
+        self.conv.weight.copy_(kernel)
+
+    def fit(self, inputs: Sequence[InputMoments]) -> None:
+        """Set the kernel whose outputs are nearest to those of the blocks' own, each on its inputs in the plain net.
+
+        It is their mean, weighted by the inputs' second moments (RegMean of `Dataless Knowledge Fusion by Merging
+        Weights of Language Models` - https://arxiv.org/abs/2212.09849).
+        """
+        total, products = torch.zeros(1, 1, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for kernel, scale, order, seen in zip(self.kernels, self.scales, self.orders, inputs, strict=True):
+            moments = ridge(seen.second(scale, order)[0], RIDGE_KERNEL)
+            products = products + kernel.flatten(1) @ moments
+            total = moments.add_(total)
+        kernel = solve(total, products).reshape(self.conv.weight.shape)
+        if norm_after(self.blocks[0]) is not None and kernel.any():  # as large as it was, as its learning rate is
+            kernel = kernel * (as_float64(self.conv.weight).norm() / kernel.norm())
         self.conv.weight.copy_(kernel)
 
     def report(self) -> Merge:
@@ -129,30 +166,22 @@ def norm_after(block: SharingBlock) -> Optional[nn.BatchNorm2d]:
     return layer if type(layer) is nn.BatchNorm2d and layer.track_running_stats else None
 
 
-def _scale_input(block: SharingBlock, scale: torch.Tensor) -> None:
-    """Multiply the inputs of the 3x3, one factor a channel, where a batch norm can do it."""
+def input_rms(block: SharingBlock, conv: nn.Conv2d) -> torch.Tensor:
+    """RMS (C) of each input of a block's 3x3, by the batch norm before it. One where none tells."""
     layer = norm_before(block)
-    if layer is not None:
-        layer.weight.mul_(scale.to(layer.weight))
-        layer.bias.mul_(scale.to(layer.bias))
-
-
-def normalize_kernel(block: SharingBlock, kernel: torch.Tensor) -> torch.Tensor:
-    """The kernel in units of its inputs and outputs. The block's batch norms are adapted: it computes the same."""
-    layer = norm_before(block)
-    if layer is not None and kernel.shape[1] == layer.num_features:
+    if layer is not None and layer.num_features == conv.in_channels:
         rms = _rms_after_relu(as_float64(layer.weight), as_float64(layer.bias))
         if rms.mean() > _OFF:
-            rms = rms.clamp(min=_SMALLEST * rms.mean().item())
-            kernel = kernel * rms[None, :, None, None]
-            _scale_input(block, 1 / rms)
+            return rms.clamp(min=_SMALLEST * rms.mean().item())
+    return torch.ones(conv.in_channels, dtype=torch.float64)
+
+
+def output_std(block: SharingBlock, conv: nn.Conv2d) -> torch.Tensor:
+    """Standard deviation (C) of each output of a block's 3x3, by the batch norm after it. One where none tells."""
     layer = norm_after(block)
-    if layer is not None:
-        std = (as_float64(layer.running_var) + layer.eps).sqrt()
-        kernel = kernel / std[:, None, None, None]
-        layer.running_mean.div_(std.to(layer.running_mean))
-        layer.running_var.fill_(1 - layer.eps)
-    return kernel
+    if layer is None:
+        return torch.ones(conv.out_channels, dtype=torch.float64)
+    return (as_float64(layer.running_var) + layer.eps).sqrt()
 
 
 def _rms_after_relu(scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
