@@ -24,6 +24,7 @@ METHODS = {
     'low-rank': ('low rank', '#4c72b0'),
     'pruned': ('pruned', '#55a868'),
 }
+PLAIN = '#333333'
 PEERS = 'low-rank', 'pruned'
 SPREADS = 'uniform', 'harm', 'last'  # of what peers save, over the stages
 
@@ -87,9 +88,9 @@ def curve(rows, what):
 
 
 def saved(group, rows):
-    """The part of the plain net's parameters that a net has less."""
+    """The part of the plain net's parameters that nets have less, the mean of the seeds."""
     whole = next((int(row['parameters']) for row in rows if row['what'] == 'plain'), 0)
-    return 1 - int(group[0]['parameters']) / whole if whole else 0
+    return 1 - statistics.mean([int(row['parameters']) for row in group]) / whole if whole else 0
 
 
 def at(what, saving, rows):
@@ -253,19 +254,33 @@ def draw(rows):
         return
     figure = Figure(figsize=(10, 4), layout='constrained')
     left, right = figure.subplots(1, 2)
-    for what, (name, colour) in METHODS.items():
-        groups = [untrained(rows), *curve(rows, what).values()]
-        whiskers(left, [(100 * saved(group, rows), group) for group in groups], name, colour)
+    for i, (what, (name, colour)) in enumerate(METHODS.items()):
+        points = {round(100 * saved(group, rows)): group for group in curve(rows, what).values()}
+        # a little apart, so that the whiskers are seen
+        points = [(0, untrained(rows)), *((x + 0.2 * i - 0.3, group) for x, group in points.items())]
+        whiskers(left, points, name, colour)
+    whiskers(left, [(0, untrained(rows))], None, PLAIN)
+    left.annotate('plain net', (0, mean(untrained(rows))), (8, 6), textcoords='offset points', color=PLAIN)
     left.set(xlabel='parameters saved, %', ylabel='CIFAR-10 at 16 px, top-1, %', title='not trained')
-    for label, colour, kind in [
-        ('plain net', '#4c72b0', {'what': 'plain'}),
-        ('share, by budget, -25 %', '#c44e52', {'what': 'budget', 'rate': '0.2497'}),
-        ('share, rate 1', '#dd8452', {'what': 'share', 'rate': '1.0', 'init': 'align', 'refit': '1'}),
-        ('rate 1, random kernels', '#8c8c8c', {'what': 'share', 'rate': '1.0', 'init': 'random', 'refit': '0'}),
+    for label, colour, style, kind in [
+        ('plain net', PLAIN, '-', {'what': 'plain'}),
+        ('share, by budget, -25 %', METHODS['budget'][1], '-', {'what': 'budget', 'rate': '0.2497'}),
+        (
+            'share, rate 1, -33 %',
+            METHODS['share'][1],
+            '-',
+            {'what': 'share', 'rate': '1.0', 'init': 'align', 'refit': '1'},
+        ),
+        (
+            'rate 1, random kernels',
+            METHODS['share'][1],
+            ':',
+            {'what': 'share', 'rate': '1.0', 'init': 'random', 'refit': '0'},
+        ),
     ]:
         groups = grouped(rows, teacher='0', **kind)
-        whiskers(right, [(int(group[0]['epochs']), group) for group in groups], label, colour)
-    right.set(xlabel='epochs of training afterwards', title='trained on', xticks=[0, 1, 3, 8], ylim=(68, None))
+        whiskers(right, [(int(group[0]['epochs']), group) for group in groups], label, colour, style)
+    right.set(xlabel='epochs of training afterwards', title='trained on', xticks=[0, 1, 3, 8], ylim=(72, 83.5))
     for axes in left, right:
         axes.grid(alpha=0.3)
         axes.spines[['top', 'right']].set_visible(False)
@@ -274,10 +289,10 @@ def draw(rows):
     figure.savefig(PICTURE, metadata={'Date': None})
 
 
-def whiskers(axes, points, label, colour):
+def whiskers(axes, points, label, colour, style='-'):
     """A line of means over points (x, rows), with the worst and the best seed."""
     points = sorted(points, key=lambda point: point[0])
-    y = [mean(group) for _, group in points]
+    x, y = [x for x, _ in points], [mean(group) for _, group in points]
     low, high = ([span(group)[i] for _, group in points] for i in (0, 1))
-    errors = [[a - b for a, b in zip(y, low, strict=True)], [a - b for a, b in zip(high, y, strict=True)]]
-    axes.errorbar([x for x, _ in points], y, errors, fmt='o-', color=colour, label=label, ms=4, elinewidth=1, capsize=2)
+    axes.plot(x, y, 'o', linestyle=style, color=colour, label=label, ms=5)
+    axes.vlines(x, low, high, color=colour, lw=1)
