@@ -166,7 +166,9 @@ def plain_net(args, seed, training, test):
     if path.is_file():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
-    train(model, training, args.plain_epochs, 0.2, 0.15, seed)
+    train(model, training, args.plain_epochs, 0.2, 0.15, seed).to(
+        memory_format=torch.contiguous_format
+    )  # as from a file
     torch.save(model.state_dict(), path)
     return model
 
