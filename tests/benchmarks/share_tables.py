@@ -123,7 +123,7 @@ def pages(rows):
     nets = by_net(rows)
     short = {net: found for net, found in nets.items() if net == DRAWN or net.startswith('resnet')}
     return {
-        README: {'| net, its top-1 |': overview(short)},
+        README: {'| net, its top-1 |': overview(short), '| net | fp32 |': files(short)},
         RESULTS.with_name('README.md'): {
             '| net, its top-1 |': overview(nets),
             '| net | fp32 |': files(nets),
