@@ -197,7 +197,10 @@ def from_scratch(rows):
             if kind in groups and len(groups) > 1:
                 group = groups[kind]
                 low, high = span(group)
-                macs = next((f'{int(row["macs"]) / 1e6:.1f}' for row in group if row['macs']), '-')
+                alike = (
+                    groups.get('1.0', []) if kind == 'plain' else group
+                )  # older rows have no MACs, sharing has the same
+                macs = next((f'{int(row["macs"]) / 1e6:.1f}' for row in alike if row['macs']), '-')
                 range_ = f'{low:.2f} to {high:.2f}' if len(group) > 1 else '-'
                 size = f'{int(group[0]["parameters"]):,}'
                 lines.append([title, name, size, macs, cell(group), range_])
