@@ -87,20 +87,16 @@ def test_table_of_models_is_the_one_of_the_results_file(monkeypatch: pytest.Monk
     assert f'[CSV](results/{path.name})' in (BENCHMARKS / 'README.md').read_text()
 
 
-def test_tables_of_sharing_are_those_of_the_results_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_of_sharing_are_those_of_the_results_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import share
+    import share_tables
 
-    (path,) = share.RESULTS.glob('share-*.csv')
-    with path.open(newline='') as file:
-        overview, first, *_ = share.table(list(csv.DictReader(file))).split('\n\n')
-    assert first.startswith('| preact-56 |')
-    text = (BENCHMARKS / 'README.md').read_text()
-    assert f'\n{overview}\n' in text and f'\n{first}\n' in text
-    lines = overview.splitlines()
-    (short,) = re.findall(rf'^{re.escape(lines[0])}\n(?:\|.*\n)+', README.read_text(), re.M)
-    chosen = [i for i, line in enumerate(lines) if line.startswith(('| preact-56', '| resnet'))]
-    assert short.splitlines() == lines[:2] + [line for i in chosen for line in lines[i : i + 2]]
+    rows = share_tables.read()
+    for page, tables in share_tables.pages(rows).items():
+        text = page.read_text()
+        for table in tables.values():
+            assert text.count(f'\n{table}\n') == 1
+        assert share_tables.put(text, tables) == text
 
 
 @pytest.mark.parametrize('repository', ['', 'https://github.com/org/timm-sharesnet'])

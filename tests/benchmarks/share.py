@@ -1,36 +1,63 @@
-"""What a shared net keeps of a trained plain one, and what a warm start is worth, on CIFAR-10 with small images.
+"""What a shared net keeps of a trained plain one, beside its peers, and what sharing is worth, on CIFAR-10.
 
-    python tests/benchmarks/share.py data --output output/share --net preact-56 --seeds 0
+    python tests/benchmarks/share.py data --output output/share --net preact-56 --seeds 0 1 2 [--what budget pruned ...]
 
-DATA has `train/CLASS/*.png` and `test/CLASS/*.png`. A plain net is trained; then, for each rate and kernel
-(`timm_sharesnet.share`), the accuracy on the test images is measured right after sharing (copied), with kernels and
-last 1x1 refitted on 1,000 training images or the batch norms' statistics alone estimated on them, and after some epochs
-of training (SGD, learning rate 0.05 linearly to 0). Controls: the plain net trained on equally long, the shared net
-trained from scratch for as many epochs in all, a random kernel with all else warm, the plain net as teacher, and half
-the rate for the first third of the training.
+DATA has `train/CLASS/*.png` and `test/CLASS/*.png`. A plain net is trained on them at a small size. Then the accuracy
+on the test images is measured of what `timm_sharesnet.share` makes of it with 1,000 training images: at each rate and
+kernel, with kernels and last 1x1 refitted or the batch norms' statistics alone estimated, and with a budget in place of
+a rate. Peers at the same savings are low-rank 3x3 and pruned channels (see `peers.py`), and int8 by ONNX Runtime. Some
+are trained on for some epochs (SGD, learning rate 0.05 linearly to 0). Controls of that: the plain net trained on
+equally long, the shared net trained from scratch for as many epochs in all, a random kernel with all else warm, the
+plain net as teacher, and half the rate for the first third of the training. From scratch, at equal epochs, are trained:
+nets that share all stages or the last ones alone, and thinner and shallower plain nets.
 
-Each case is a row of tests/benchmarks/results/share-MACHINE-VERSIONS.csv, written when it is done; a row that is there
-is not measured again. Then hub/share.svg is drawn of the rows of preact-56, and the tables are printed. The plain nets
-are kept in DIR. Exit code 0, or 2 for options that it does not know.
+Each case is a row of tests/benchmarks/results/share-MACHINE-VERSIONS.csv, written when it is done. Rows of all machines
+are read together (accuracies do not depend on them), and one that is in any of the files is not measured again. The
+column `rate` is the part of the parameters to save in rows of a budget, of peers and of int8. Then hub/share.svg is
+drawn of the rows of preact-56, the tables of README.md and of this folder's are replaced, and what each net gave is
+printed. The plain nets are kept in DIR. Needs the extras `timm-sharesnet[bench,share]`. Exit code 0, or 2 for options
+that it does not know.
 """
 
 import argparse
 import csv
+import functools
 import itertools
+import math
 import platform
 import re
 import statistics
+import tempfile
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from timm.data import create_dataset
+from peers import Moments, peer
+from share_tables import (
+    CASE,
+    DRAWN,
+    PEERS,
+    RATES,
+    RESULT,
+    RESULTS,
+    SAME,
+    SPREADS,
+    by_net,
+    details,
+    draw,
+    pages,
+    put,
+    read,
+)
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets import ImageFolder
 
-from timm_sharesnet import share, unshare
+from timm_sharesnet import export, fold, share, unshare
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 # depth and kind: timm's name of the plain net, its arguments, and the size of the images
@@ -41,21 +68,30 @@ NETS = {
     'resnet50-quarter': ('resnet50', {'channels': (16, 32, 64, 128), 'num_classes': 10}, 64),
     'resnet34-quarter': ('resnet34', {'channels': (16, 32, 64, 128), 'num_classes': 10}, 64),
 }
-CASE = ['net', 'seed', 'what', 'rate', 'init', 'refit', 'teacher', 'plain_epochs', 'epochs']
-KIND = ['what', 'rate', 'init', 'refit', 'teacher']
-RESULT = ['parameters', 'top1_shared', 'top1', 'cosine', 'cosine_aligned']
+SAVINGS = {DRAWN: [0.1248, 0.1873, 0.2497, 0.2809, 0.3121]}  # of whole kernels, beside those of uniform rates
 CALIBRATION = 1000
-DRAWN = 'preact-56'
-EPOCHS = {'1': '#8172b3', '3': '#55a868', '8': '#4c72b0'}  # and the colours of their curves
-RESULTS = Path(__file__).with_name('results')
-PICTURE = Path(__file__).parents[2] / 'hub' / 'share.svg'
+KINDS = 'plain', 'share', 'budget', *PEERS, 'fp32', 'int8', 'steps', 'scratch'
+
+
+class Case(NamedTuple):
+    """What is measured. The names are columns of the file."""
+
+    what: str
+    rate: float = 0.0
+    init: str = ''
+    refit: bool = False
+    teacher: bool = False
+    epochs: int = 0
+    spread: str = ''
 
 
 def load(folder, px):
     """Images (N, 3, px, px) as bytes, and labels."""
-    dataset = create_dataset('', root=str(folder))
-    images = np.stack([np.asarray(image.resize((px, px), 3)) for image, _ in dataset])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in dataset])
+    dataset = ImageFolder(str(folder))  # timm's takes another image in place of a damaged one
+    images = np.empty((len(dataset), px, px, 3), np.uint8)
+    for i, (image, _) in enumerate(dataset):
+        images[i] = np.asarray(image.resize((px, px), 3))
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(dataset.targets)
 
 
 def normalize(images):
@@ -130,61 +166,180 @@ def plain_net(args, seed, training, test):
     if path.is_file():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
-    train(model, training, args.plain_epochs, 0.2, 0.15, seed)
+    train(model, training, args.plain_epochs, 0.2, 0.15, seed).to(
+        memory_format=torch.contiguous_format
+    )  # as from a file
     torch.save(model.state_dict(), path)
     return model
 
 
-def cases(args):
-    """What is measured, the most telling first: (what, rate, init, refit, teacher, epochs)."""
-    yield 'plain', 0.0, '', False, False, 0
-    for init, refit in itertools.product(('align', 'mean', 'first', 'random'), (True, False)):
-        yield 'share', 1.0, init, refit, False, 0
-    for rate, refit in itertools.product((0.75, 0.5, 0.25), (True, False)):
-        yield 'share', rate, 'align', refit, False, 0
-    for epochs in args.epochs:
-        yield 'plain', 0.0, '', False, False, epochs
+def cases(net, epochs):
+    """What is measured, the most telling first, what is trained last."""
+    savings = savings_of(net)
+    few = SAVINGS.get(net, savings)
+    yield Case('plain')
+    for rate in RATES:
+        yield Case('share', rate, 'align', True)
+    for save in savings:
+        yield Case('budget', save, 'align', True)
+    for save, kind, spread in itertools.product(savings, PEERS, SPREADS):
+        yield Case(kind, save, refit=True, spread=spread)
+    for kind in 'fp32', 'int8':
+        yield Case(kind)
+    yield Case('int8', few[len(few) // 2], 'align', True)
+    for rate in RATES:
+        yield Case('share', rate, 'align')
+    for init, refit in itertools.product(('mean', 'first', 'random'), (True, False)):
+        yield Case('share', 1.0, init, refit)
+    for rate, spread in (1.0, ''), (0.75, 'last'), (0.75, ''), (1.0, 'thinner'), (1.0, 'shallower'):
+        if rate == 1 or spread or size_of(net, rate) != size_of(net, 1.0):  # else it is the net of rate 1
+            yield Case('scratch', rate, spread=spread)
+    for n in epochs:
+        yield Case('plain', epochs=n)
         for init, refit in ('align', True), ('align', False), ('mean', False), ('random', False), ('first', False):
-            yield 'share', 1.0, init, refit, False, epochs
+            yield Case('share', 1.0, init, refit, epochs=n)
         for rate, refit in itertools.product((0.75, 0.5, 0.25), (True, False)):
-            yield 'share', rate, 'align', refit, False, epochs
+            yield Case('share', rate, 'align', refit, epochs=n)
         for refit in True, False:
-            yield 'share', 1.0, 'align', refit, True, epochs
-        yield 'steps', 1.0, 'align', True, False, epochs
-        yield 'scratch', 1.0, '', False, False, epochs
+            yield Case('share', 1.0, 'align', refit, True, n)
+        yield Case('steps', 1.0, 'align', True, epochs=n)
+        yield Case('scratch', 1.0, epochs=n)
+    for n, save in itertools.product(epochs, (few[len(few) // 2], few[0])):
+        if net == DRAWN and n <= 3:
+            yield Case('budget', save, 'align', True, epochs=n)
 
 
-def measure(case, args, plain, training, test, seed):
+@functools.cache
+def savings_of(net):
+    """The parts of the parameters that a budget and the peers save: what uniform rates do, of some nets more."""
+    more = SAVINGS.get(net, [])
+    uniform = sorted({saved_by(net, rate) for rate in RATES} - {0.0})
+    return more + [save for save in uniform if all(abs(save - other) >= SAME for other in more)]
+
+
+def saved_by(net, rate):
+    """The part of the parameters that a uniform rate saves, rounded down: more than the most is refused."""
+    return math.floor(1e4 * (1 - size_of(net, rate) / size_of(net, 0.0))) / 1e4
+
+
+def build(net, rate, **more):
+    name, kwargs, _ = NETS[net]
+    return timm.create_model('sharesnet', base=name, share_rate=rate, **kwargs | more)
+
+
+def size_of(net, rate, **more):
+    return parameters(build(net, rate, device='meta', **more))
+
+
+def scratch_net(net, rate, spread):
+    """An untrained net that shares all stages, or its last ones alone to save as much, or a plain one as small."""
+    if spread in ('thinner', 'shallower'):
+        size = size_of(net, rate)
+        candidates = {'thinner': thinner, 'shallower': shallower}[spread](net)
+        return build(net, 0.0, **min(candidates, key=lambda more: abs(size_of(net, 0.0, **more) - size)))
+    if spread == 'last':
+        save = saved_by(net, rate)
+        save = rate * save if save == saved_by(net, 1.0) else save  # in nets of few blocks this rate is rate 1
+        rate = share(build(net, 0.0), save=save)._model_args['share_rate']
+    return build(net, rate)
+
+
+class Width(Fraction):
+    """A factor of channels, the product is a whole number of them."""
+
+    def __rmul__(self, channels):
+        return round(channels * Fraction(self))
+
+
+def thinner(net):
+    """Arguments of nets with a part of the channels."""
+    channels = NETS[net][1].get('channels')
+    for width in (Width(n, 64) for n in range(16, 65)):
+        yield {'channels': tuple(c * width for c in channels)} if channels else {'widen_factor': width}
+
+
+def shallower(net):
+    """Arguments of nets with about the same part of the blocks of each stage."""
+    model = build(net, 0.0, device='meta')
+    layers = [len(model.get_submodule(info['module'])) for info in model.feature_info[1:]]
+    found = set()
+    for n in range(1, 65):
+        choices = [{max(1, layer * n // 64), max(1, -(-layer * n // 64))} for layer in layers]
+        found.update(itertools.product(*choices))
+    return [{'layers': layers} for layers in sorted(found)]
+
+
+def measure(case, args, seed, data):
     """The row of a case."""
-    what, rate, init, refit, teacher, epochs = case
     row = {}
     torch.manual_seed(seed)
-    if what == 'scratch':
-        name, kwargs, _ = NETS[args.net]
-        model = share(timm.create_model(name, **kwargs), rate, 'random')
-        train(model, training, args.plain_epochs + epochs, 0.2, 0.15, seed)
-    elif what == 'plain':
-        model = share(plain, 0.0)
-        row['top1_shared'] = accuracy(model, test)
-        train(model, training, epochs, 0.05, 0.0, seed)
+    if case.what == 'scratch':
+        model = scratch_net(args.net, case.rate, case.spread)
+        train(model, data.training, args.plain_epochs + case.epochs, 0.2, 0.15, seed)
+        row['top1'] = accuracy(model, data.test)
+    elif case.what in PEERS:
+        model = peer(case.what, data.plain(seed), data.moments(seed), case.rate, case.spread, data.chosen)
+        row['top1'] = accuracy(model, data.test)
+    elif case.what in ('fp32', 'int8'):
+        model = share(data.plain(seed), save=case.rate, images=data.chosen)
+        row |= deployed(model, case.what == 'int8', data)
     else:
-        chosen = normalize(training[0][:: max(1, len(training[0]) // CALIBRATION)]).split(100)
-        if what == 'steps':  # half the rate for a third of the time
-            model = share(plain, rate / 2, init, chosen, refit)
-            train(model, training, epochs, 0.05, 0.0, seed, span=(0, 1 / 3))
-            model = share(unshare(model), rate, init, chosen, refit)
-            train(model, training, epochs, 0.05, 0.0, seed, span=(1 / 3, 1))
-        else:
-            model = share(plain, rate, init, chosen, refit)
-            if not epochs:
-                row['top1_shared'] = accuracy(share(plain, rate, init), test)
-                merges = model.share_report.merges
-                if merges:  # none at a low rate of few blocks
-                    row['cosine'] = round(statistics.mean([m.before for m in merges]), 3)
-                    row['cosine_aligned'] = round(statistics.mean([m.after for m in merges]), 3)
-            train(model, training, epochs, 0.05, 0.0, seed, plain if teacher else None)
-    row['top1'] = accuracy(model, test)
-    return row | {'parameters': sum(p.numel() for p in model.parameters())}
+        model, row = shared(case, seed, data)
+        row['top1'] = accuracy(model, data.test)
+    return row | {'parameters': parameters(model), 'macs': macs(model, data.px)}
+
+
+def shared(case, seed, data):
+    """The plain net, shared (but for the kind `plain`) and trained on, and what is to be told of it before that."""
+    plain, row = data.plain(seed), {}
+    if case.what == 'plain':
+        model = share(plain, 0.0)
+        row['top1_shared'] = accuracy(model, data.test)
+        train(model, data.training, case.epochs, 0.05, 0.0, seed)
+    elif case.what == 'steps':  # half the rate for a third of the time
+        model = share(plain, case.rate / 2, case.init, data.chosen, case.refit)
+        train(model, data.training, case.epochs, 0.05, 0.0, seed, span=(0, 1 / 3))
+        model = share(unshare(model), case.rate, case.init, data.chosen, case.refit)
+        train(model, data.training, case.epochs, 0.05, 0.0, seed, span=(1 / 3, 1))
+    else:
+        rate = {'save': case.rate} if case.what == 'budget' else {'rate': case.rate}
+        model = share(plain, init=case.init, images=data.chosen, refit=case.refit, **rate)
+        if not case.epochs:
+            merges = model.share_report.merges
+            if case.what == 'share':
+                row['top1_shared'] = accuracy(share(plain, case.rate, case.init), data.test)
+            if merges:  # none at a low rate of few blocks
+                row['cosine'] = round(statistics.mean([m.before for m in merges]), 3)
+                row['cosine_aligned'] = round(statistics.mean([m.after for m in merges]), 3)
+        train(model, data.training, case.epochs, 0.05, 0.0, seed, plain if case.teacher else None)
+    return model, row
+
+
+def deployed(model, int8, data):
+    """Accuracy and bytes of a net's file, folded, in ONNX Runtime."""
+    right, (images, labels) = 0, data.test
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'net.onnx')
+        export.export_onnx(fold(model.eval()), path, (3, data.px, data.px))
+        if int8:
+            batches = [batch.contiguous().numpy() for batch in data.chosen]
+            export.quantize(path, path, batches)
+        session = export.open_session(path, intra_op_num_threads=torch.get_num_threads())
+        for i in range(0, len(images), 500):
+            logits = export.run(session, normalize(images[i : i + 500]).contiguous().numpy())
+            right += (logits.argmax(1) == labels[i : i + 500].numpy()).sum().item()
+        return {'top1': round(100 * right / len(images), 2), 'bytes': export.inspect(path).bytes}
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def macs(model, px):
+    """Multiply-accumulates of convolutions and classifier for an image; a shared convolution counts once a use."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, px, px))
+    return counter.get_total_flops() // 2
 
 
 def results_file():
@@ -193,137 +348,57 @@ def results_file():
     return RESULTS / f'share-{machine}-torch{torch.__version__}.csv'
 
 
-def table(rows):
-    """The rows in Markdown: of all nets what is left without training, then all of each net. Means over the seeds."""
-    rates = ['0.25', '0.5', '0.75', '1.0']
-    title = ['net, its top-1', '', *(f'rate {float(rate):g}' for rate in rates)]
-    lines = [f'| {" | ".join(title)} |', '| --- ' * len(title) + '|']
-    nets = {net: [row for row in rows if row['net'] == net] for net in dict.fromkeys(row['net'] for row in rows)}
-    for net, found in nets.items():
-        plain = grouped(found, what='plain', epochs='0')
-        for i, (what, refit) in enumerate({'parameters': '1', 'refitted': '1', 'statistics': '0'}.items()):
-            cells = [f'{net}, {_cell(plain)}' if i == 0 else '', what]
-            for rate in rates:
-                groups = grouped(found, what='share', rate=rate, init='align', refit=refit, epochs='0')
-                cells.append(_cell(groups) if i else _saved(groups, plain))
-            lines.append(f'| {" | ".join(cells)} |')
-    epochs = sorted({row['epochs'] for row in rows}, key=int)
-    for net, found in nets.items():
-        title = [net, 'parameters', 'not trained', *(f'+ {n} epoch{"s" * (n != "1")}' for n in epochs[1:])]
-        lines += ['', f'| {" | ".join(title)} |', '| --- ' * len(title) + '|']
-        lines += [f'| {" | ".join(line)} |' for line in _lines(found, epochs)]
-    return '\n'.join(lines)
-
-
-def _lines(rows, epochs):
-    def order(row):
-        init = ['', 'align', 'mean', 'first', 'random'].index(row['init'])
-        what = ['plain', 'share', 'steps', 'scratch'].index(row['what'])
-        return what, row['teacher'], float(row['rate']), init, -int(row['refit'])
-
-    kinds = {tuple(row[k] for k in KIND): row for row in sorted(rows, key=order)}
-    for kind, row in kinds.items():
-        what, rate, init, refit, teacher = kind
-        name = f'{float(rate):g}, {"aligned" if init == "align" else init}{", refitted" if refit == "1" else ""}'
-        name = {'plain': 'the plain net', 'scratch': f'{float(rate):g}, from scratch'}.get(what, name)
-        name += {'1': ', with teacher'}.get(teacher, '') + {'steps': ', in two steps'}.get(what, '')
-        cells = [name, f'{int(row["parameters"]):,}']
-        cells += [_cell(grouped(rows, epochs=n, **dict(zip(KIND, kind, strict=True)))) for n in epochs]
-        yield cells
-
-
-def _cell(groups):
-    """Mean, and number of seeds."""
-    return f'{mean(groups[0]):.2f} ({len(groups[0])})' if groups else '-'
-
-
-def _saved(groups, plain):
-    return f'{100 * int(groups[0][0]["parameters"]) / int(plain[0][0]["parameters"]) - 100:.0f} %' if groups else '-'
-
-
-def grouped(rows, **values):
-    """The rows with these values, those in one list that differ in the seed alone."""
-    groups = {}
-    for row in rows:
-        if all(row[key] == value for key, value in values.items()):
-            groups.setdefault(tuple(row[k] for k in CASE if k != 'seed'), []).append(row)
-    return list(groups.values())
-
-
-def mean(rows):
-    return statistics.mean([float(row['top1']) for row in rows])
-
-
-def draw(rows):
-    """Accuracy against parameters before and after training, and against the epochs for each kernel."""
-    matplotlib.rcParams.update({'svg.hashsalt': 'share', 'svg.fonttype': 'none'})
-    figure = Figure(figsize=(10, 4), layout='constrained')
-    left, right = figure.subplots(1, 2)
-    rows = [row for row in rows if row['net'] == DRAWN and row['teacher'] == '0']
-    refitted = grouped(rows, what='share', init='align', refit='1')
-    plain = grouped(rows, what='plain')
-    aligned = grouped(rows, what='share', init='align', refit='0', epochs='0')
-    curves = [('not trained, statistics', [*aligned, *plain], '0', '#dd8452', '--')]
-    curves += [('not trained, refitted', [*refitted, *plain], '0', '#c44e52', '-')]
-    curves += [(f'+ {n} epoch{"s" * (n != "1")}', [*refitted, *plain], n, c, '-') for n, c in EPOCHS.items()]
-    for label, groups, epochs, colour, style in curves:
-        groups = sorted((g for g in groups if g[0]['epochs'] == epochs), key=lambda g: float(g[0]['rate']))
-        x = [int(g[0]['parameters']) / 1e6 for g in groups]
-        left.plot(x, [mean(g) for g in groups], 'o', linestyle=style, color=colour, label=label)
-        if label == 'not trained, statistics':
-            for g, x_ in zip(groups, x, strict=True):
-                rate = f'rate {float(g[0]["rate"]):g}' if g[0]['what'] == 'share' else 'plain net'
-                left.annotate(rate, (x_, mean(g)), xytext=(10, -3), textcoords='offset points')
-    left.set(xlabel='parameters, M', ylabel='CIFAR-10 at 16 px, top-1, %', title='aligned kernels')
-    left.set_xlim(right=max(int(row['parameters']) for row in rows) * 1.08 / 1e6)
-    lines = [('plain net', plain, '#4c72b0'), ('aligned, refitted', refitted, '#c44e52')]
-    for init, colour in ('align', '#dd8452'), ('mean', '#8172b3'), ('first', '#937860'), ('random', '#8c8c8c'):
-        label = {'align': 'aligned'}.get(init, init)
-        lines.append((f'{label}, statistics', grouped(rows, what='share', rate='1.0', init=init, refit='0'), colour))
-    for label, groups, colour in lines:
-        groups = sorted((g for g in groups if g[0]['rate'] in '0.0 1.0'.split()), key=lambda g: int(g[0]['epochs']))
-        x = [int(g[0]['epochs']) for g in groups]
-        right.plot(x, [mean(g) for g in groups], 'o-', color=colour, label=label)
-    right.set(xlabel='epochs of training after sharing', title='rate 1', xticks=[0, 1, 3, 8], ylim=(55, None))
-    for axes in left, right:
-        axes.grid(alpha=0.3)
-        axes.spines[['top', 'right']].set_visible(False)
-        axes.legend(frameon=False, loc='lower right')
-    figure.savefig(PICTURE, metadata={'Date': None})
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data', type=Path, metavar='DATA')
     parser.add_argument('--output', type=Path, required=True, metavar='DIR')
     parser.add_argument('--net', choices=NETS, default='preact-56')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
-    parser.add_argument('--plain-epochs', type=int, default=8)
+    parser.add_argument('--what', choices=KINDS, nargs='+', default=KINDS, help='kinds of cases to measure')
+    parser.add_argument('--plain-epochs', type=int, default=8, help='of training plain nets and those from scratch')
     parser.add_argument('--epochs', type=int, nargs='*', default=[1, 3, 8], help='of training after sharing')
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     path = results_file()
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
-    done = {tuple(row[k] for k in CASE) for row in rows}
-    training, test = (load(args.data / split, NETS[args.net][2]) for split in ('train', 'test'))
-    for seed in args.seeds:
-        plain = plain_net(args, seed, training, test)
-        print(f'seed {seed}: plain net {accuracy(plain, test)} %', flush=True)
-        for case in cases(args):
-            what, rate, init, refit, teacher, epochs = case
-            values = (args.net, seed, what, rate, init, int(refit), int(teacher), args.plain_epochs, epochs)
-            key = dict(zip(CASE, map(str, values), strict=True))
-            if tuple(key.values()) not in done:
-                result = measure(case, args, plain, training, test, seed)
-                rows.append(key | {name: str(value) for name, value in result.items()})
-                print(rows[-1], flush=True)
-                with path.open('w', newline='') as file:
-                    writer = csv.DictWriter(file, CASE + RESULT, restval='', lineterminator='\n')
-                    writer.writeheader()
-                    writer.writerows(rows)
-    if any(row['net'] == DRAWN for row in rows):
-        draw(rows)
-    print(table(rows))
+    done = {tuple(row[k] for k in CASE) for row in read()}
+    todo = []
+    for case, seed in itertools.product(cases(args.net, args.epochs), args.seeds):
+        values = {'net': args.net, 'seed': seed, 'plain_epochs': args.plain_epochs, **case._asdict()}
+        key = {k: str(int(values[k]) if isinstance(values[k], bool) else values[k]) for k in CASE}
+        if case.what in args.what and tuple(key.values()) not in done:
+            todo.append((case, seed, key))
+    data = prepare(args) if todo else None
+    for case, seed, key in todo:
+        row = key | measure(case, args, seed, data)
+        print({k: v for k, v in row.items() if v != ''}, flush=True)
+        mine = read([path]) if path.exists() else []  # another process may have written there, too
+        with path.open('w', newline='') as file:
+            writer = csv.DictWriter(file, CASE + RESULT, restval='', lineterminator='\n')
+            writer.writeheader()
+            writer.writerows([*mine, row])
+    rows = read()
+    draw(rows)
+    for page, tables in pages(rows).items():
+        page.write_text(put(page.read_text(), tables))
+    for net, found in by_net(rows).items():
+        print(details(found, net), end='\n\n')
+
+
+def prepare(args):
+    """The images, and what each seed begins with."""
+    px = NETS[args.net][2]
+    training, test = (load(args.data / split, px) for split in ('train', 'test'))
+    chosen = normalize(training[0][:: max(1, len(training[0]) // CALIBRATION)]).split(100)
+
+    @functools.cache
+    def plain(seed):
+        return plain_net(args, seed, training, test)
+
+    @functools.cache
+    def moments(seed):
+        return Moments(plain(seed), chosen)
+
+    return SimpleNamespace(px=px, training=training, test=test, chosen=chosen, plain=plain, moments=moments)
 
 
 if __name__ == '__main__':
