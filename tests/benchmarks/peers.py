@@ -20,7 +20,8 @@ import torch_pruning as tp
 
 from timm_sharesnet import share
 from timm_sharesnet.conv_bn import as_float64, conv_args
-from timm_sharesnet.sharing.refit import calibrate, conv_inputs, ridge
+from timm_sharesnet.sharing.calibration import Batches, conv_inputs, ridge
+from timm_sharesnet.sharing.refit import calibrate
 
 RIDGE = 0.01  # of covariances that are inverted, relative to the mean variance
 LAST = 0.75  # of a stage's ranks or channels that go before any of the stage before, where the last comes first
@@ -49,8 +50,8 @@ def peer(kind, plain, moments, save, spread, images):
         _prune(model, places, images[0][:1])
     names = [info['module'] for info in model.feature_info[1:]]
     changed = sorted({(names.index(place.stage), place.index) for place in places})
-    runs = [SimpleNamespace(stage=names[i], indices=(k,), fits=False) for i, k in changed]
-    calibrate(model, plain, names, runs, images, False)
+    runs = [SimpleNamespace(stage=names[i], indices=(k,)) for i, k in changed]
+    calibrate(model, plain, names, runs, Batches(model, images), False)
     return model
 
 
@@ -220,7 +221,7 @@ class _Channels:
         self.stage, self.index, self.block, self.taken = stage, index, block, 0
         self.before, self.after = (getattr(block, name) for name in names)
         self.kernel = as_float64(self.after.weight).flatten(1)
-        self.moments = ridge(moments.inputs[stage, index, names[1]], RIDGE)
+        self.moments = ridge(moments.inputs[stage, index, names[1]].clone(), RIDGE)
         self.order, lost = eliminate(self.kernel, self.moments, self.after.weight[0, 0].numel())
         weight = moments.weight(stage, index, names[1], self.kernel)
         self.harms = [weight * value for value in lost][:-1]  # one channel stays
