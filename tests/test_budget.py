@@ -1,5 +1,6 @@
 """A budget in place of a rate: blocks share where it costs least."""
 
+import copy
 import json
 import math
 
@@ -76,6 +77,14 @@ def test_it_is_deterministic():
     one, two = (share(model, save=0.1, images=noise(model, 2, 4)) for _ in range(2))
     assert str(one.share_report) == str(two.share_report)
     assert all(map(torch.equal, one.state_dict().values(), two.state_dict().values()))
+
+
+def test_it_does_not_depend_on_the_layout():
+    model = create('resnet164_cifar', layers=(4, 4, 3))
+    batches = noise(model, 2, 4)
+    expected = share(model, save=0.1, images=batches)
+    found = share(copy.deepcopy(model).to(memory_format=torch.channels_last), save=0.1, images=batches)
+    assert found._model_args == expected._model_args and error(found(batches[0]), expected(batches[0])) < 1e-4
 
 
 @nets

@@ -14,8 +14,7 @@ from plain_nets import NARROW, PLAIN, batch_norms, noise, stages
 from timm.utils.model import freeze_batch_norm_2d
 
 from timm_sharesnet import share, unshare
-from timm_sharesnet.sharing.calibration import Batches
-from timm_sharesnet.sharing.refit import calibrate
+from timm_sharesnet.sharing import calibration, refit, run
 from timm_sharesnet.sharing.run import Run
 
 
@@ -57,7 +56,7 @@ def test_last_layer_is_found_again(name, kwargs):
     features = [shared.forward_intermediates(batches[0])[1][1:]]
     plain = share(plain, 0.0)
     names = [f'layer{i + 1}' for i in range(len(stages(shared)))]
-    calibrate(shared, plain, names, runs, Batches(shared, batches), progress=False)
+    refit.calibrate(shared, plain, names, runs, calibration.Batches(shared, batches), progress=False)
     features += [m.forward_intermediates(batches[0])[1][1:] for m in (shared, plain)]
     for damaged, found, expected in zip(*features, strict=True):
         assert difference(found, expected) < 0.2 < difference(damaged, expected)
@@ -97,10 +96,57 @@ def test_controls_keep_the_kernel_and_groups_its_mean():
     assert torch.equal(one.layer2.conv.weight, two.layer2.conv.weight)
 
 
-def test_statistics_are_those_of_the_images():
+@pytest.mark.parametrize('name, kwargs', [PLAIN[i] for i in (1, 2, 8, 13)])
+def test_refitted_each_norm_has_the_statistics_of_what_it_gets(name, kwargs):
+    model = create(name, **kwargs)
+    batches = noise(model, 3, 8)
+    shared = share(model, images=batches)
+    seen = {}
+    for norm in batch_norms(shared):
+        norm.register_forward_hook(lambda norm, x, _: seen.update({norm: x[0]}))
+    shared(torch.cat(batches))
+    assert len(seen) == len(batch_norms(shared))
+    for norm, x in seen.items():
+        tolerance = dict(rtol=1e-2, atol=1e-2 * x.std().item())
+        torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)), **tolerance)
+        torch.testing.assert_close(norm.running_var, x.var((0, 2, 3)), rtol=5e-2, atol=1e-2 * x.var().item())
+
+
+def test_refitted_it_is_the_same_for_batches_of_any_size():
+    model = create('resnet164_cifar', layers=(3, 3, 3))
+    x = noise(model, 1, 33)[0]
+    whole, *others = (share(model, images=b) for b in ([x], x.split(1), [x[:1], x[1:]], [x[:16], x[:0], x[16:]]))
+    for other in others:
+        assert error(other(x), whole(x)) < 0.01
+
+
+def test_only_so_many_images_are_kept_as_there_is_room_for(monkeypatch):
+    model = create('resnet50', **NARROW)
+    batches = noise(model, 4, 10)
+    whole = share(model, images=batches)
+    counts, fit = [], refit._fit_block
+
+    def count(pair, parts):
+        counts.append(sorted(torch.cat([part.indices for part in parts]).tolist()))
+        fit(pair, parts)
+        kept = sum(t.numel() * t.element_size() for part in parts for t in (part.plain, part.shared))
+        assert kept <= refit._ROOM
+
+    monkeypatch.setattr(refit, '_fit_block', count)
+    maps = model.forward_intermediates(batches[0])[1]
+    monkeypatch.setattr(refit, '_ROOM', 2 * 4 * 40 * maps[-2][0].numel())  # for all of them before the last stage
+    shared = share(model, images=batches)
+    assert counts[0] != counts[-1] == list(range(40))
+    for indices in counts:
+        every = indices[1]
+        assert indices == list(range(0, 40, every)) and every in (1, 2, 4, 8)
+    assert error(shared(batches[0]), model(batches[0])) < 1.5 * error(whole(batches[0]), model(batches[0]))
+
+
+def test_statistics_alone_are_those_of_the_images():
     model = create('resnet164_cifar', layers=(3, 3, 3))
     batches = torch.randn(3, 8, 3, 32, 32).unbind()
-    shared = share(model, images=[(batch, torch.zeros(8)) for batch in batches])
+    shared = share(model, images=[(batch, torch.zeros(8)) for batch in batches], refit=False)
     expected = copy.deepcopy(shared)
     for norm in batch_norms(expected):
         norm.reset_running_stats()
@@ -118,7 +164,7 @@ def test_images_may_come_from_a_generator_and_none_are_an_error(refit):
     model = create('resnet164_cifar', layers=(3, 3, 3)).train()
     shared = share(model, images=iter(torch.randn(2, 4, 3, 32, 32)), refit=refit)
     assert all(m.training for m in (*model.modules(), *shared.modules()))
-    assert shared.norm.num_batches_tracked == 2 and not model.norm.num_batches_tracked
+    assert shared.norm.num_batches_tracked and not model.norm.num_batches_tracked
     with pytest.raises(ValueError, match='images is empty'):
         share(model, images=[], refit=refit)
 
@@ -127,7 +173,7 @@ def test_images_count_the_same_in_batches_of_any_size():
     model = create('resnet164_cifar', layers=(3, 3, 3))
     x = noise(model, 1, 33)[0] * torch.linspace(0.5, 3, 33)[:, None, None, None]
     for batches in [x[:32], x[32:]], [x[:1], x[1:]], [x[:16], x[:0], x[16:]]:
-        norm = share(model, images=batches).layer1[0].bn1
+        norm = share(model, images=batches, refit=False).layer1[0].bn1
         expected = torch.zeros(16)
         for batch in batches:
             if len(batch):
@@ -199,15 +245,15 @@ def test_a_stage_that_is_off_keeps_its_kernels_mean():
 def test_kernels_are_fitted_run_by_run(monkeypatch):
     held: List[int] = []
     model = create('resnet164_cifar', layers=(13, 3, 3))
-    solve = torch.linalg.solve
 
-    def count(a: torch.Tensor, b: torch.Tensor, **kwargs: bool) -> torch.Tensor:
-        held.append(sum(isinstance(o, torch.Tensor) and o.shape == (144, 144) for o in gc.get_objects()))
-        return solve(a, b, **kwargs)
+    def count(moments: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+        tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.dtype == torch.float64]
+        held.append(sum(o.shape[-2:] == moments.shape for o in tensors))
+        return calibration.solve(moments, products)
 
-    monkeypatch.setattr(torch.linalg, 'solve', count)
+    monkeypatch.setattr(run, 'solve', count)
     share(model, (0.5, 0, 0), 'mean', noise(model, 1, 4))
-    assert len(held) >= 6 and max(held) <= 3
+    assert len(held) == 6 and max(held) <= 3
 
 
 def test_only_blocks_that_share_are_refitted():

@@ -34,11 +34,12 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add_model_arguments(parser)
     parser.add_argument('--output', required=True, type=Path, metavar='DIR', help='folder to write, which is new')
     parser.add_argument('--rate', type=_rate, metavar='R', help='from 0 to 1, for all stages or each (1)')
-    parser.add_argument('--save', type=float, metavar='PART', help='of all parameters, shared where it costs least')
+    parser.add_argument('--save', type=float, metavar='PART', help='in place of a rate: of all parameters')
     parser.add_argument('--init', choices=INITS, default='align', help='kernel that blocks share (align)')
     add_calibration_arguments(parser, 1000)
+    parser.add_argument('--device', default='cpu', help='where the images go through the net, such as cuda (cpu)')
     parser.add_argument(
-        '--no-refit', action='store_true', help='estimate statistics only, which takes memory for one batch'
+        '--no-refit', action='store_true', help='estimate statistics only, which goes through the images once'
     )
     return parser.parse_args(argv)
 
@@ -58,7 +59,11 @@ def main(argv: Sequence[str]) -> None:
             print(f'calibrating on {len(chosen):,} of {found}', flush=True)
             images = found.batches(chosen)
         try:
-            shared = share(model, args.rate, args.init, images, not args.no_refit, True, args.save)
+            model.to(args.device)
+        except (RuntimeError, AssertionError) as e:  # what torch raises if it is not there
+            raise CommandError(f'--device {args.device}: {reason(e)}') from e
+        try:
+            shared = share(model, args.rate, args.init, images, not args.no_refit, True, args.save).cpu()
         except (ImportError, TypeError, ValueError) as e:
             raise CommandError(reason(e)) from e
         if fault := unlike_its_name(shared):

@@ -159,7 +159,7 @@ class _Seen:
 
     def moments(self, order: Optional[torch.Tensor] = None) -> torch.Tensor:
         """a M, (groups, 9 C_in / groups, 9 C_in / groups), of the inputs in this order."""
-        covariance = self.inputs.covariance(self.scale, order)
+        covariance = self.inputs.second(self.scale, order, centred=True)
         return self.weight * torch.stack([ridge(m, RIDGE_KERNEL) for m in covariance])
 
 

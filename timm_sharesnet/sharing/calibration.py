@@ -160,30 +160,29 @@ class InputMoments:
         self.products.baddbmm_(x_, x_.mT)
         self.count += x_.shape[2]
 
-    def second(self, scale: Optional[torch.Tensor] = None, order: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Second moments (groups, 9 C / groups, 9 C / groups).
+    def second(
+        self, scale: Optional[torch.Tensor] = None, order: Optional[torch.Tensor] = None, centred: bool = False
+    ) -> torch.Tensor:
+        """Second moments (groups, 9 C / groups, 9 C / groups) in float64.
 
         Args:
             scale: To multiply each of the C inputs by.
             order: The inputs' order after that.
+            centred: Whether they are about the mean.
         """
-        return _reordered(as_float64(self.products).div_(self.count), scale, order)
-
-    def covariance(self, scale: Optional[torch.Tensor] = None, order: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """The same about the mean."""
-        mean = as_float64(self.sum) / self.count
-        centred = as_float64(self.products).div_(self.count).sub_(mean[:, :, None] * mean[:, None])
-        return _reordered(centred, scale, order)
-
-
-def _reordered(moments: torch.Tensor, scale: Optional[torch.Tensor], order: Optional[torch.Tensor]) -> torch.Tensor:
-    if scale is not None:
-        of_each = scale.repeat_interleave(9)
-        moments = moments.mul_(of_each[:, None]).mul_(of_each)
-    if order is not None:
-        index = (9 * order[:, None] + torch.arange(9)).flatten()
-        moments = moments[:, index[:, None], index]
-    return moments
+        sum_, products = self.sum, self.products
+        if order is not None:
+            index = (9 * order[:, None] + torch.arange(9)).flatten().to(products.device)
+            sum_, products = sum_[:, index], products[:, index[:, None], index]
+            scale = None if scale is None else scale[order]
+        moments = as_float64(products).div_(self.count)
+        if centred:
+            mean = as_float64(sum_) / self.count
+            moments.baddbmm_(mean[:, :, None], mean[:, None], alpha=-1)
+        if scale is not None:
+            of_each = scale.repeat_interleave(9)
+            moments.mul_(of_each[:, None]).mul_(of_each)
+        return moments
 
 
 class Variance:
@@ -261,5 +260,8 @@ def ridge(moments: torch.Tensor, strength: float) -> torch.Tensor:
 
 
 def solve(moments: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-    """The x for which x times the moments (..., N, N), symmetric and positive, are the products (..., M, N)."""
-    return torch.cholesky_solve(products.mT, torch.linalg.cholesky(moments)).mT
+    """The x for which x times the moments (..., N, N), symmetric, is the products (..., M, N)."""
+    factor, fault = torch.linalg.cholesky_ex(moments)
+    if fault.any():  # not positive, by rounding
+        return torch.linalg.solve(moments, products, left=False)
+    return torch.cholesky_solve(products.mT, factor).mT

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -50,7 +50,7 @@ class Run:
         indices: Indices of the blocks.
         blocks: The blocks, which are adapted to what becomes of the kernels.
         conv: The convolution that they share.
-        kernels: The kernel (C, C / groups, 3, 3) that each has for itself, in float64.
+        kernels: The kernel (C, C / groups, 3, 3) that each has for itself, in float64, until they are merged.
         scales, orders: What became of the inputs (C) of each kernel: what they were multiplied by, their order.
         before, after: Mean cosine of two kernels, and the same after alignment.
     """
@@ -65,7 +65,7 @@ class Run:
         self.orders = [torch.arange(chs) for _ in kernels]
         self.before = self.after = math.nan
 
-    def merge(self, init: str, inputs: Sequence[InputMoments] = ()) -> None:
+    def merge(self, init: str, inputs: Optional[Iterable[InputMoments]] = None) -> None:
         """Make the kernel that the blocks share.
 
         Args:
@@ -77,8 +77,9 @@ class Run:
         if init == 'align' and not grouped:
             self.align()
         self.install(self.choose(init))
-        if inputs and init in ('align', 'mean') and not grouped:
+        if inputs is not None and init in ('align', 'mean') and not grouped:
             self.fit(inputs)
+        self.kernels = []  # they are large
 
     def normalize(self) -> None:
         """Bring the kernels to units in which inputs have an RMS of 1 and outputs a variance of 1."""
@@ -129,7 +130,7 @@ class Run:
                 self.kernels[i] = self.kernels[i] * (norm(kernel) / own)
         self.conv.weight.copy_(kernel)
 
-    def fit(self, inputs: Sequence[InputMoments]) -> None:
+    def fit(self, inputs: Iterable[InputMoments]) -> None:
         """Set the kernel whose outputs are nearest to those of the blocks' own, each on its inputs in the plain net.
 
         It is their mean, weighted by the inputs' second moments (RegMean of `Dataless Knowledge Fusion by Merging
