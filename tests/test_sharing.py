@@ -173,6 +173,7 @@ def test_command_writes_a_folder_that_loads_and_says_how_to_train_it(folder: Pat
         (['vgg11', '--checkpoint', 'vgg.pth'], 'there is no file vgg.pth'),
         (['resnet164_cifar', '--checkpoint', 'plain.pth', '--rate', '2'], 'share_rate must be from 0 to 1'),
         (['resnet164_cifar', '--checkpoint', 'plain.pth', '--calibration-dir', 'no'], 'there are no images in no'),
+        (['resnet164_cifar', '--checkpoint', 'plain.pth', '--device', 'nowhere'], '--device nowhere: Expected one of'),
         (['sharesnet164_cifar'], 'layer1 is shared or folded already'),
     ],
 )

@@ -121,7 +121,8 @@ def markdown(title, lines):
 def pages(rows):
     """The tables of each page, by what their first lines begin with."""
     nets = by_net(rows)
-    short = {net: found for net, found in nets.items() if net == DRAWN or net.startswith('resnet')}
+    compared = {net: found for net, found in nets.items() if any(row['what'] == 'budget' for row in found)}
+    short = {net: found for net, found in compared.items() if net == DRAWN or net.startswith('resnet')}
     return {
         README: {'| net, its top-1 |': overview(short), '| net | fp32 |': files(short)},
         RESULTS.with_name('README.md'): {
@@ -154,7 +155,8 @@ def overview(nets):
         lines.append([f'{net}, {cell(untrained(rows))}', 'parameters', *cells])
         for what, (name, _) in METHODS.items():
             cells = [at(what, saving, rows) if saving else '-' for saving in savings]
-            lines.append(['', name + (', MACs' if what in PEERS else ''), *cells])
+            if set(cells) != {'-'}:
+                lines.append(['', name + (', MACs' if what in PEERS else ''), *cells])
     return markdown(['net, its top-1', '', *(f'rate {rate:g}' for rate in RATES)], lines)
 
 
