@@ -157,7 +157,7 @@ def accuracy(model, data):
     return round(100 * right / len(images), 2)
 
 
-def plain_net(args, seed, training, test):
+def plain_net(args, seed, training):
     """The trained plain net, from its file if it is there."""
     path = args.output / f'{args.net}-{args.plain_epochs}-{seed}.pth'
     name, kwargs, _ = NETS[args.net]
@@ -392,7 +392,7 @@ def prepare(args):
 
     @functools.cache
     def plain(seed):
-        return plain_net(args, seed, training, test)
+        return plain_net(args, seed, training)
 
     @functools.cache
     def moments(seed):

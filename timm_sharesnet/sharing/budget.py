@@ -7,7 +7,7 @@ in the outputs of its blocks. With M[k], the covariance of the inputs of the 3x3
     sum over k of a[k] tr((W - W[k]) M[k] (W - W[k])^T)
 
 where a[k] is the variance of the block's branch, in parts of that of its stage's output, for each unit of variance that
-the 3x3 gives. The best W has a closed form (see `refit`), and so has its harm, from sums over the blocks.
+the 3x3 gives. The best W has a closed form (see `Run.fit`), and so has its harm, from sums over the blocks.
 """
 
 import itertools
@@ -19,7 +19,7 @@ import torch
 from ..conv_bn import as_float64
 from ..share_rate import Rate
 from .align import align
-from .calibration import RIDGE_KERNEL, Measurement, Place, ridge, solve
+from .calibration import RIDGE_KERNEL, Measurement, Place, kernel_columns, ridge, solve
 from .run import input_rms, output_std
 
 _TINY = 1e-30  # variance, to divide by
@@ -190,8 +190,7 @@ def _merge(a: _Candidate, b: _Candidate, seen: Sequence[_Seen]) -> _Candidate:
         (a_ins, a_outs), (b_ins, b_outs) = align([a.kernel, b.kernel], seen[0].reorders)
         ins, outs = b_ins[a_ins.argsort()], b_outs[a_outs.argsort()]
         orders = a.orders + tuple(order[ins] for order in b.orders)
-        index = (9 * ins[:, None] + torch.arange(9)).flatten()
-        products = products[:, outs][:, :, index]
+        products = products[:, outs][:, :, kernel_columns(ins)]
     products, energy = a.products + products, a.energy + b.energy
     moments: torch.Tensor = torch.zeros((), dtype=torch.float64)
     for one, order in zip(seen, orders, strict=True):

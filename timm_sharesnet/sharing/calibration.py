@@ -172,7 +172,7 @@ class InputMoments:
         """
         sum_, products = self.sum, self.products
         if order is not None:
-            index = (9 * order[:, None] + torch.arange(9)).flatten().to(products.device)
+            index = kernel_columns(order).to(products.device)
             sum_, products = sum_[:, index], products[:, index[:, None], index]
             scale = None if scale is None else scale[order]
         moments = as_float64(products).div_(self.count)
@@ -246,6 +246,11 @@ def conv_inputs(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
     x = F.pad(x.float(), (padding[1], padding[1], padding[0], padding[0]))
     x = x[:, :, strides[0] // 2 :, strides[1] // 2 :]  # not the border alone
     return F.unfold(x, 3, dilation, 0, strides).transpose(0, 1).flatten(1)
+
+
+def kernel_columns(order: torch.Tensor) -> torch.Tensor:
+    """The columns (9 C) of a flat kernel, for an order of its C inputs."""
+    return (9 * order[:, None] + torch.arange(9)).flatten()
 
 
 def _pair(value: Any) -> Tuple[int, int]:

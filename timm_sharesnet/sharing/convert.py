@@ -15,7 +15,7 @@ from ..resnet import SHARING_BLOCKS, ShaResNet
 from ..resnetv2 import CifarResNetV2
 from ..share_rate import ShareRate, as_python, split_runs, stage_rates
 from ..stage import SharedStage, SharingBlock
-from .budget import Budget, Step, runs_after, spend, steps_by_harm, steps_by_parameters
+from .budget import Budget, runs_after, spend, steps_by_harm, steps_by_parameters
 from .calibration import Batches, Measurement, Place
 from .refit import calibrate, why_not_fitted
 from .run import INITS, Merge, Run
@@ -106,14 +106,15 @@ def share(
         if type(m) is nn.SyncBatchNorm:
             m.__class__ = nn.BatchNorm2d
     _share_stages(plain, 0.0)
+    able = _blocks_that_can_share(plain)
     batches = None if images is None else Batches(model, images, progress)
     measured = None
     if batches is not None and (refit and init in ('align', 'mean') or save is not None):
         batches.keep()
-        measured = Measurement(plain, _blocks_that_can_share(plain), batches, save is not None)
+        measured = Measurement(plain, able, batches, save is not None)
     budget = None
     if save is not None:
-        steps = _steps(plain, measured)
+        steps = steps_by_harm(able, measured) if measured else steps_by_parameters(able)
         budget = spend(steps, save, sum(p.numel() for p in model.parameters()))
         rate = runs_after(budget.steps[: budget.taken], _stage_names(model))
         batches = batches if budget.taken else None  # the net stays as it is
@@ -161,12 +162,6 @@ def _blocks_that_can_share(plain: nn.Module) -> Dict[Place, SharingBlock]:
         if first + 1 < len(stage):
             blocks |= {(name, i): stage[i] for i in range(first, len(stage))}
     return blocks
-
-
-def _steps(plain: nn.Module, measured: Optional[Measurement]) -> List[Step]:
-    """All that a budget can be spent on, in the order in which it is."""
-    blocks = _blocks_that_can_share(plain)
-    return steps_by_parameters(blocks) if measured is None else steps_by_harm(blocks, measured)
 
 
 def _not_finite(model: nn.Module) -> str:

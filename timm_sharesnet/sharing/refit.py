@@ -1,7 +1,7 @@
 """What images without labels make good in a net that shares.
 
 The last 1x1 of each bottleneck is refitted by ridge regression, in a basic block the last batch norm, one block after
-the other. Then the statistics of all batch norms are estimated anew.
+the other, and the statistics of all batch norms are estimated anew on the way.
 """
 
 import contextlib
@@ -47,13 +47,13 @@ class BlockPair(NamedTuple):
 def calibrate(
     model: nn.Module, plain: nn.Module, stages: Iterable[str], runs: Sequence[Run], batches: Batches, progress: bool
 ) -> None:
-    """Fit what blocks share and their last 1x1, and estimate the statistics of all batch norms anew.
+    """Fit the last 1x1 of blocks that share, and estimate the statistics of all batch norms anew.
 
     Args:
         model: Shared net, changed in place. It has the plain net's statistics.
         plain: Net that it was made of, at rate 0.
         stages: Names of the stages.
-        runs: What to fit. If empty, images are gone through once, else several times.
+        runs: Blocks to fit. If empty, images are gone through once, else several times.
         batches: Images.
         progress: Show a progress bar of the blocks.
 
@@ -184,20 +184,24 @@ class _Part(NamedTuple):
         return _Part(self.indices[which], self.plain[on_device], self.shared[on_device])
 
 
+def _joined(parts: Sequence[_Part]) -> _Part:
+    return parts[0] if len(parts) == 1 else _Part(*map(torch.cat, zip(*parts, strict=True)))
+
+
 def _together(parts: Iterable[_Part]) -> Iterator[_Part]:
     """Join parts, as the statistics of few images are not those of all."""
     waiting: List[_Part] = []
     for part in parts:
         if waiting and waiting[0].plain.shape[1:] != part.plain.shape[1:]:
-            yield _Part(*map(torch.cat, zip(*waiting, strict=True)))
+            yield _joined(waiting)
             waiting = []
         waiting.append(part)
         images = sum(len(one.indices) for one in waiting)
         if images >= _IMAGES and images * part.plain[0, 0].numel() >= _POSITIONS:
-            yield _Part(*map(torch.cat, zip(*waiting, strict=True)))
+            yield _joined(waiting)
             waiting = []
     if waiting:
-        yield _Part(*map(torch.cat, zip(*waiting, strict=True)))
+        yield _joined(waiting)
 
 
 # ---- The last layer of a block
