@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 OLDEST = $(VENV)-oldest
 
-.PHONY: demo test lint timm-suite test-slow test-oldest clean
+.PHONY: demo test lint javascript timm-suite test-slow test-oldest clean
 
 demo: $(VENV)/installed
 	$(BIN)/python tests/demo.py
@@ -20,6 +20,12 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What the tests of onnx/ and hub/space/ in JavaScript need (Node.js); they are skipped without it, or without chromium
+javascript: tests/javascript/node_modules/.package-lock.json
+
+tests/javascript/node_modules/.package-lock.json: tests/javascript/package-lock.json
+	cd tests/javascript && npm ci --ignore-scripts --no-fund --no-audit
 
 # What the default run leaves out for time
 test-slow: $(VENV)/installed-test
@@ -48,4 +54,4 @@ $(VENV)/installed-test: $(VENV)/bin/python pyproject.toml
 	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) $(OLDEST) output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) tests/javascript/node_modules output .pytest_cache .mypy_cache .ruff_cache

@@ -1,8 +1,9 @@
 """One thread for each process: the nets here are so small that threads wait for one another, on a busy machine long."""
 
 import os
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch is imported, here and in the processes that tests start
 
@@ -35,3 +36,26 @@ def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
             return file if Path(file).stem in IN_ONE_PROCESS else nodeid
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(scope='session')
+def node_modules() -> Path:
+    """The folder of the packages in tests/javascript, for scripts beside it that Node.js runs."""
+    path = Path(__file__).parent / 'javascript' / 'node_modules'
+    if not shutil.which('node') or not path.is_dir():
+        pytest.skip('needs Node.js and its packages (make javascript)')
+    return path
+
+
+@pytest.fixture(scope='session')
+def browser() -> Iterator[Any]:
+    """A headless Chromium, as playwright's Browser."""
+    executable = shutil.which('chromium') or shutil.which('google-chrome')
+    if not executable:
+        pytest.skip('needs a browser (chromium)')
+    playwright = pytest.importorskip('playwright.sync_api')
+    flags = ['--no-sandbox', '--disable-quic', '--disable-background-networking', '--disable-component-update']
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=executable, args=flags)
+        yield browser
+        browser.close()
