@@ -39,6 +39,7 @@ from pathlib import Path
 import card
 import catalog
 import folder
+import javascript
 import provenance
 import timm
 import torch
@@ -102,6 +103,8 @@ def main(argv):
         if points:
             draw_curves(points, release, new / 'curves.png')
         entry['onnx'] = build_onnx(new, release, images, calibration, entry['onnx'])
+        javascript.write(new, release, entry['onnx']['files'])
+        preprocessed = (new / javascript.PREPROCESSOR).is_file()
         with shelf.locked():  # two builds at once: the entries of both
             folder.restore(release.path)
             manifest, pins = shelf.read()
@@ -113,6 +116,8 @@ def main(argv):
     picked = f', {entry["picked"]}' if entry['picked'] else ''
     print(f'{release.shown}: {pin["size"]:,} bytes, {entry["dtype"]}, {tell_accuracy(entry)}{picked}')
     tell_onnx(entry['onnx'], args.data_dir)
+    if not preprocessed:
+        print(f'no {javascript.PREPROCESSOR}: transformers.js has square crops from the centre of RGB images, no others')
     for line in ignored:
         print(f'hub{line} goes beyond {catalog.TRACKED_BYTES / 1e6:.0f} MB in all, so git ignores it')
 

@@ -7,6 +7,7 @@ import re
 import string
 import textwrap
 
+import javascript
 import timm
 import torch
 from catalog import NETS, other_args
@@ -26,6 +27,25 @@ INT8 = (
     'first: for speed, ONNX Runtime packs int8 kernels anew for each use, unless the session option '
     '`session.disable_prepacking` is 1.'
 )
+
+JAVASCRIPT = """In JavaScript, in a browser or Node.js:
+
+```js
+// npm install @huggingface/transformers
+import {{ AutoImageProcessor, ImageClassificationPipeline, ResNetForImageClassification }} from '@huggingface/transformers';
+
+const name = '{id}';
+const classifier = new ImageClassificationPipeline({{
+  task: 'image-classification',
+  model: await ResNetForImageClassification.from_pretrained(name, {{ dtype: '{dtype}' }}),
+  processor: await AutoImageProcessor.from_pretrained(name),
+}});
+console.log(await classifier('image.png'));
+```
+
+The net is that of the file, whatever the class is called; `pipeline('image-classification', name)` does not know it.
+Images of another size are resized with another filter than timm's, and in a browser with little smoothing: shrink large
+ones well beforehand."""
 
 
 def metadata(release, entry, namespace):
@@ -208,6 +228,7 @@ def compose(release, path, namespace, manifest, pin, training):
         'label_name': "config['label_names'][logits[0].argmax()]" if named else 'logits[0].argmax()',
         'folded': FOLDED if release.shared else '',
         'runtime': entry['onnx']['runtime'],
+        'javascript': tell_javascript(release, path, namespace, entry),
         'int8': INT8 if 'model_quantized.onnx' in entry['onnx']['files'] else '',
         'made': f'made for research on weight sharing, at {px} px,' if release.shelf.package else f'trained at {px} px',
         'license': '- No licence is stated for the weights: ask whoever published them.' if not stated.license else '',
@@ -246,6 +267,14 @@ def tell_training(path, entry, training):
         return 'How these weights were trained was not recorded.'
     epochs = ', epoch by epoch' if (path / 'curves.png').is_file() else ''
     return f"Not trained by timm's `train.py`; `training.json` tells how{epochs}:"
+
+
+def tell_javascript(release, path, namespace, entry):
+    """How transformers.js classifies an image, if it can preprocess it."""
+    if javascript.describe_preprocessor(read_json(path / 'config.json')['pretrained_cfg']) is None:
+        return ''
+    dtype = 'q8' if 'model_quantized.onnx' in entry['onnx']['files'] else 'fp32'
+    return JAVASCRIPT.format(id=f'{namespace}/{release.name}', dtype=dtype)
 
 
 def pixels(height, width):

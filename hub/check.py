@@ -19,6 +19,7 @@ import build
 import card
 import catalog
 import folder
+import javascript
 import provenance
 from folder import KINDS, ONNX, WEIGHTS
 from PIL import Image
@@ -174,17 +175,19 @@ def recorded_faults(file, name, record, where):
     return []
 
 
-def config_faults(release, _manifest, pin):
+def config_faults(release, manifest, pin):
     config = folder.read_json(release.path / 'config.json')
     cfg = config.get('pretrained_cfg', {})
     expected, classes = build.describe_config(release, pin['sha256']), release.dataset.classes
+    expected |= javascript.describe_config(release, manifest[release.name]['onnx']['files'])
     pairs = {key: (config.get(key), value) for key, value in expected.items()}
     pairs |= {'tag': (cfg.get('tag'), release.tag), 'num_classes of pretrained_cfg': (cfg.get('num_classes'), classes)}
     faults = [f'config.json has {k} {a!r} instead of {b!r}' for k, (a, b) in pairs.items() if a != b]
     sources = [k for k in ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source') if cfg.get(k)]
     faults += [f'config.json must not name a source of weights: {k}' for k in sources]
     odd = config.keys() - expected.keys() - {'num_features', 'global_pool', 'pretrained_cfg', 'timm_sharesnet'}
-    return faults + [f'config.json has {len(odd)} keys that build.py does not write'] if odd else faults
+    faults += [f'config.json has {len(odd)} keys that build.py does not write'] if odd else []
+    return faults + javascript.preprocessor_faults(release.path)
 
 
 def provenance_faults(release, manifest, _pin):

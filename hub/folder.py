@@ -27,7 +27,7 @@ WEIGHTS = 'model.safetensors'
 REQUIRED = {WEIGHTS, 'config.json', 'README.md'}
 # How the weights came about: by train.py, in another way, by import.
 PROVENANCE = {'args.yaml', 'summary.csv', 'training.json', 'source.json'}
-ALLOWED = REQUIRED | PROVENANCE | {'curves.png'}
+ALLOWED = REQUIRED | PROVENANCE | {'curves.png', 'preprocessor_config.json'}
 ONNX = 'onnx'  # folder of the net as it is deployed, by the Hub's convention
 KINDS = {'model.onnx': 'fp32', 'model_quantized.onnx': 'int8'}
 MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}  # in which images are read, by the input channels of a net
