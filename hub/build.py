@@ -117,7 +117,7 @@ def main(argv):
     print(f'{release.shown}: {pin["size"]:,} bytes, {entry["dtype"]}, {tell_accuracy(entry)}{picked}')
     tell_onnx(entry['onnx'], args.data_dir)
     if not preprocessed:
-        print(f'no {javascript.PREPROCESSOR}: transformers.js has square crops from the centre of RGB images, no others')
+        print(f'no {javascript.PREPROCESSOR}: transformers.js only takes square crops from the centre of RGB images')
     for line in ignored:
         print(f'hub{line} goes beyond {catalog.TRACKED_BYTES / 1e6:.0f} MB in all, so git ignores it')
 

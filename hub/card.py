@@ -32,7 +32,8 @@ JAVASCRIPT = """In JavaScript, in a browser or Node.js:
 
 ```js
 // npm install @huggingface/transformers
-import {{ AutoImageProcessor, ImageClassificationPipeline, ResNetForImageClassification }} from '@huggingface/transformers';
+import {{ AutoImageProcessor, ImageClassificationPipeline, ResNetForImageClassification }}
+  from '@huggingface/transformers';
 
 const name = '{id}';
 const classifier = new ImageClassificationPipeline({{

@@ -81,9 +81,9 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
-def snippets(card):
-    """The Python code of a card's text."""
-    return re.findall(r'```python\n(.*?)\n```', card, re.S)
+def snippets(card, language='python'):
+    """The code of a card's text."""
+    return re.findall(rf'```{language}\n(.*?)\n```', card, re.S)
 
 
 def edit_json(path, change):

@@ -144,6 +144,22 @@ DAMAGE = {
         in_manifest('model_args', share_rate=0.5),
         'weights.json has a pin or "packaged", by which they would load without `share_rate=0.5`',
     ),
+    'other labels for transformers.js': (
+        in_config(id2label={'0': 'cat'}),
+        "config.json has id2label {'0': 'cat'} instead",
+    ),
+    'weights beside the ONNX file': (
+        in_config(**{'transformers.js_config': {'use_external_data_format': {'model.onnx': 1}}}),
+        'config.json has 1 keys that build.py does not write',
+    ),
+    'no preprocessing for transformers.js': (
+        unlink('preprocessor_config.json'),
+        'preprocessor_config.json is missing',
+    ),
+    'other preprocessing for transformers.js': (
+        in_json('preprocessor_config.json', image_processor_type='ViTImageProcessor', resample=3),
+        'preprocessor_config.json is not as build.py writes it: image_processor_type, resample',
+    ),
     'another hash': (in_config(sha256='0'), "config.json has sha256 '0' instead"),
     'a source': (
         in_config('pretrained_cfg', url='https://example.org/x.bin'),

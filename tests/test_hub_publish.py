@@ -26,7 +26,7 @@ from packaging.version import Version
 from PIL import Image
 
 REPO = f'timm-sharesnet/{NAME}'
-FILES = {'README.md', 'config.json', 'curves.png', 'model.safetensors', 'training.json'}
+FILES = {'README.md', 'config.json', 'curves.png', 'model.safetensors', 'preprocessor_config.json', 'training.json'}
 FILES |= {'onnx/model.onnx', 'onnx/model_quantized.onnx'}
 WORKER = """
 import json, os, runpy, signal, sys, time, traceback
@@ -560,6 +560,19 @@ def test_snippets_of_the_card_run(run, hub, tmp_path, card):
         assert label == [meta['classes'][meta['labels'][i]]]
     for lines, code in zip((features, embedding), codes[1:3], strict=True):
         assert ', '.join(lines) == re.search(r'print\(tuple\(.*  # (.*)', code)[1]
+
+
+def test_transformers_preprocesses_as_timm_does(run, hub, tmp_path):
+    """From the Hub, where it looks at preprocessor_config.json first, which is for transformers.js."""
+    hub.create(REPO, read_files(ROOT / 'hub' / NAME))
+    script = tmp_path / 'script.py'
+    script.write_text(f"""
+import transformers
+processor = transformers.pipeline('image-classification', model='{REPO}').image_processor
+print(type(processor).__name__, processor.data_config['interpolation'])
+""")
+    status, out, err = run(script=script, token=None, cwd=tmp_path)
+    assert (status, out) == (0, 'TimmWrapperImageProcessor bicubic\n'), err
 
 
 @pytest.mark.parametrize('card', CARDS, ids=lambda path: path.parent.name)
