@@ -114,6 +114,7 @@ def test_train_run_becomes_a_folder_with_the_better_weights(
     out = built(path, '--model', name, '--data-dir', data)
     folder = project / 'hub' / name
     files = {'model.safetensors', 'config.json', 'README.md', 'args.yaml', 'summary.csv', 'curves.png', 'onnx'}
+    files.add('preprocessor_config.json')
     assert {path.name for path in folder.iterdir()} == files
 
     # 23 MB of fp32, so fp16; nothing but the better weights
@@ -178,7 +179,7 @@ def test_import_becomes_a_folder_with_its_source_in_fp32(project, no_memory, tmp
     name = 'sharesnet34.torch7_in1k'
     out = built(tmp_path / 'imported', '--model', name)
     path = project / 'hub' / name
-    names = {'model.safetensors', 'config.json', 'README.md', 'source.json', 'onnx'}
+    names = {'model.safetensors', 'config.json', 'preprocessor_config.json', 'README.md', 'source.json', 'onnx'}
     assert {file.name for file in path.iterdir()} == names
     found = load_file(path / 'model.safetensors')
     assert all(torch.equal(found[k], v) for k, v in model.state_dict().items())
@@ -463,13 +464,15 @@ def test_folder_loads_to_the_net_that_was_trained(project, train, any_onnx, buil
     options, kwargs = TRAINED[case]
     source, model = train(options, **kwargs)
     path = project / 'hub' / SMALL
-    built(source, '--model', SMALL)
+    out = built(source, '--model', SMALL)
     assert error(path, model) == 0
     config, entry = json.loads((path / 'config.json').read_text()), read_manifest(path.parent, SMALL)
     assert config['model_args'] == {'in_chans': 3, 'global_pool': 'avg'} | kwargs and entry['model_args'] == kwargs
     assert check.static_faults(release(path)) == check.model_faults(release(path)) == []
     text = (path / 'README.md').read_text()
     assert all(f'`{key}={value!r}`' in text for key, value in kwargs.items())
+    colours = kwargs.get('in_chans', 3) == 3  # which transformers.js wants
+    assert ('no preprocessor_config.json: ' in out) != colours and ('```js' in text) == colours
     # only with dropout it still computes as the paper's net
     assert ('the paper, Table 2' in text) == (case == 'dropout')
     size = tuple(options.get('input_size', [kwargs.get('in_chans', 3), 32, 32]))

@@ -101,7 +101,7 @@ def classify_in_browser(models, prepare, browser):
         prepare(images, dtype)
         (models / 'index.html').write_text(PAGE)
         page.goto(f'http://127.0.0.1:{server.server_port}/')
-        page.wait_for_function('window.classifier', timeout=60_000)
+        page.wait_for_function('!!window.classifier', timeout=60_000)
         names = [f'images/{i:04}.png' for i in range(len(images))]
         return to_array(page.evaluate('names => classifier(names, { top_k: null })', names))
 

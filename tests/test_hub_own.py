@@ -68,7 +68,7 @@ def test_net_of_own_data_becomes_a_folder_that_all_load(
     assert read_files(project) == ours
     path = own / TAG
     assert {p.name for p in own.iterdir()} == {TAG, 'manifest.json', 'weights.json', '.lock'}
-    files = {'model.safetensors', 'config.json', 'README.md', 'args.yaml', 'onnx'}
+    files = {'model.safetensors', 'config.json', 'preprocessor_config.json', 'README.md', 'args.yaml', 'onnx'}
     assert {file.name for file in path.iterdir()} == files
 
     entry = json.loads((own / 'manifest.json').read_text())[TAG]
@@ -84,7 +84,7 @@ def test_net_of_own_data_becomes_a_folder_that_all_load(
     assert (metadata['license'], metadata['base_model']) == ('mit', 'me/before')
     assert metadata['datasets'] == ['me/oiseaux'] and len(metadata['model-index'][0]['results'][0]['metrics']) == 1
     config = json.loads((path / 'config.json').read_text())
-    assert config['label_names'] == CLASSES and config['num_classes'] == 3
+    assert config['label_names'] == [*config['id2label'].values()] == CLASSES and config['num_classes'] == 3
     assert config['pretrained_cfg']['input_size'] == [3, 48, 48] and config['pretrained_cfg']['mean'] == [0.5] * 3
 
     assert run('check', '--output', own) == (0, f'{TAG}: ok\n', [])
