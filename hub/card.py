@@ -45,8 +45,8 @@ console.log(await classifier('image.png'));
 ```
 
 The net is that of the file, whatever the class is called; `pipeline('image-classification', name)` does not know it.
-Images of another size are resized with another filter than timm's, and in a browser with little smoothing: shrink large
-ones well beforehand."""
+Images of another size are resized by another filter than timm's. A browser does not smooth: draw a large image on a
+small canvas with `imageSmoothingQuality = 'high'`, and pass the canvas."""
 
 
 def metadata(release, entry, namespace):
