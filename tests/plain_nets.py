@@ -1,12 +1,13 @@
 """Plain nets to be shared, and the parts of a net."""
 
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Iterable, List, Tuple
 
 import pytest
 import torch
 import torch.nn as nn
 
 from timm_sharesnet import CifarResNetV2, SharedStage
+from timm_sharesnet.sharing.calibration import collecting_statistics
 
 NARROW = dict(layers=(2, 3, 4, 1), channels=(16, 24, 32, 40), num_classes=10)
 # timm's ResNets of all kinds, and our unshared ones
@@ -45,3 +46,11 @@ def noise(model: nn.Module, count: int, n: int) -> Tuple[torch.Tensor, ...]:
     """Batches (n, C, H, W)."""
     size = 32 if isinstance(model, CifarResNetV2) else 64
     return torch.randn(count, n, model.in_chans, size, size, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+def take_statistics(model: nn.Module, batches: Iterable[torch.Tensor]) -> nn.Module:
+    """Give a model the statistics of images."""
+    with torch.no_grad(), collecting_statistics(model) as forward:
+        for batch in batches:
+            forward(batch)
+    return model

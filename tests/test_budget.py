@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 from models import create, error, images
-from plain_nets import NARROW, noise, stages
+from plain_nets import NARROW, noise, stages, take_statistics
 
-from timm_sharesnet import share, unshare
+from timm_sharesnet import share
 from timm_sharesnet.sharing.__main__ import main
 
 NETS = [
@@ -97,11 +97,13 @@ def test_all_of_it_is_rate_1(name, kwargs):
 
 
 @nets
-def test_nothing_saved_is_the_net_itself(name, kwargs):
+def test_where_nothing_is_shared_the_result_is_the_net_itself(name, kwargs):
     model = create(name, **kwargs)
     x = images(model)
     assert torch.equal(share(model, save=0, images=noise(model, 1, 4))(x), model(x))
     assert torch.equal(share(model, save=0.0)(x), model(x))
+    assert torch.equal(share(model, 0.0, images=noise(model, 1, 4))(x), model(x))
+    assert torch.equal(share(model, 0.0, images=noise(model, 1, 4), refit=False)(x), model(x))
 
 
 def test_without_images_the_last_stages_share_first():
@@ -118,7 +120,7 @@ def test_harm_tells_what_logits_change():
         for layer in 'bn2', 'bn3':
             getattr(block, layer).load_state_dict(getattr(model.layer3[1], layer).state_dict())
     batches = noise(model, 4, 16)
-    model = unshare(share(model, 0.0, images=batches))  # so that its statistics are theirs
+    take_statistics(model, batches)
     chosen = share(model, save=0.05, images=batches)
     assert steps(chosen)[0].blocks in ((1, 2), (2, 3)) and steps(chosen)[0].harm < 0.5 * steps(chosen)[2].harm
     other = share(model, (0, 0, [[5, 6]]), images=batches)

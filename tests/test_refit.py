@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 from models import create, error
-from plain_nets import NARROW, PLAIN, batch_norms, noise, stages
+from plain_nets import NARROW, PLAIN, batch_norms, noise, stages, take_statistics
 from timm.utils.model import freeze_batch_norm_2d
 
 from timm_sharesnet import share, unshare
@@ -31,7 +31,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_refitted_it_is_nearer_to_the_model_in_every_stage(name, kwargs):
     model = create(name, **kwargs)
     batches = noise(model, 4, 16)
-    model = unshare(share(model, 0.0, images=batches))  # so that its statistics are theirs
+    take_statistics(model, batches)
     state = copy.deepcopy(model.state_dict())
     shared = [share(model, 1.0, 'mean', batches, refit=refit) for refit in (True, False)]
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
@@ -64,7 +64,7 @@ def test_last_layer_is_found_again(name, kwargs):
 
 def test_blocks_that_add_nothing_still_do():
     batches = [torch.randn(8, 3, 64, 64)]
-    model = unshare(share(timm.create_model('resnet50', **NARROW), 0.0, images=batches))  # its last norms scale by zero
+    model = take_statistics(timm.create_model('resnet50', **NARROW), batches)  # its last norms scale by zero
     for stage in stages(share(model, 1.0, 'mean', batches)):
         for block in stage:
             assert block.bn3.weight.abs().max() < 1e-3 and all(p.isfinite().all() for p in block.parameters())

@@ -121,10 +121,8 @@ def markdown(title, lines):
 def pages(rows):
     """The tables of each page, by what their first lines begin with."""
     nets = by_net(rows)
-    compared = {net: found for net, found in nets.items() if any(row['what'] == 'budget' for row in found)}
-    short = {net: found for net, found in compared.items() if net == DRAWN or net.startswith('resnet')}
     return {
-        README: {'| net, its top-1 |': overview(short), '| net | fp32 |': files(short)},
+        README: {'| net, its top-1 |': overview({DRAWN: nets[DRAWN]})},
         RESULTS.with_name('README.md'): {
             '| net, its top-1 |': overview(nets),
             '| net | fp32 |': files(nets),

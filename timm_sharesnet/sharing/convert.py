@@ -55,8 +55,8 @@ def share(
         >>> print(shared.share_report.merges[0].blocks, sum(p.numel() for p in shared.parameters()))
         (2, 3) 1316186
 
-    Everything but the 3x3 that are shared is copied. At rate 0 and without images, the result computes what the model
-    does; with images, it has their statistics.
+    Everything but the 3x3 that are shared is copied. Where nothing is, as at rate 0, the result computes what the model
+    does.
 
     Args:
         model: timm's ResNet of BasicBlock or Bottleneck (any depth, width, stem, attention, classes and channels), or
@@ -76,7 +76,7 @@ def share(
         progress: Show progress bars.
         save: In place of a rate, the part of all parameters to save at least. Blocks share where it costs least for
             what it saves: given `images`, by what the merge of two neighbouring runs changes in the outputs of blocks,
-            else by parameters alone, the last stages first. At 0 the result is the net itself.
+            else by parameters alone, the last stages first.
 
     Returns:
         A net of this package in the model's mode, of a registered model: saved, it loads by name. Its `share_report`
@@ -117,9 +117,9 @@ def share(
         steps = steps_by_harm(able, measured) if measured else steps_by_parameters(able)
         budget = spend(steps, save, sum(p.numel() for p in model.parameters()))
         rate = runs_after(budget.steps[: budget.taken], _stage_names(model))
-        batches = batches if budget.taken else None  # the net stays as it is
     rate = 1.0 if rate is None else rate
     stage_runs = _share_stages(shared, rate)
+    batches = batches if any(stage_runs.values()) else None  # else the net stays as it is
     runs: List[Run] = []
     notes: List[str] = []
     with torch.no_grad():
