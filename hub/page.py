@@ -15,6 +15,7 @@ import timm
 from catalog import parse
 from folder import HUB, KINDS, ONNX, load_sample, read_json, sha256
 
+from timm_sharesnet import export
 from timm_sharesnet.cli import CommandError
 
 SOURCE = HUB / 'space'
@@ -24,7 +25,7 @@ README = 'README.md'
 NETS = 'nets.json'
 RUNTIME = 'https://cdn.jsdelivr.net/npm/onnxruntime-web@1.30.0/dist/'
 LOCAL_RUNTIME = 'onnxruntime-web/'
-SAMPLES = (189, 111, 310, 54, 24, 155, 93, 231, 154, 18)  # one of each class in `catalog.Dataset.sample`
+SAMPLES = (48, 101, 310, 31, 24, 276, 93, 297, 222, 126)  # one of each class, not all of them easy
 
 
 def default_release(shelf):
@@ -45,12 +46,14 @@ def assemble(release, namespace, target, runtime=None):
         CommandError: If the ONNX files are not those of the manifest, or the page would prepare images otherwise than
             timm does.
     """
+    export.require('onnx')
     repo = f'{namespace}/{release.name}'
     for path in sorted([*SOURCE.glob('*.*'), HUB / PICTURE]):
         shutil.copyfile(path, target / path.name)
     text = (SOURCE / README).read_text(encoding='utf-8')
     (target / README).write_text(string.Template(text).substitute(repo=repo), encoding='utf-8')
-    settings = {'name': release.name, 'repo': repo, **describe_images(release), 'nets': write_nets(release, target)}
+    settings = {'name': release.name, 'repo': repo, **describe_images(release)}
+    settings['nets'] = write_nets(release, settings['input']['size'], target)
     settings['samples'] = write_samples(release, target)
     (target / NETS).write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
     if runtime:
@@ -65,7 +68,9 @@ def describe_images(release):
     cfg = timm.data.resolve_data_config(pretrained_cfg=read_json(release.path / 'config.json')['pretrained_cfg'])
     (channels, height, width), kind = cfg['input_size'], (cfg['interpolation'], cfg['crop_mode'])
     if (channels, height, *kind) != (3, width, 'bicubic', 'center'):
-        raise CommandError(f'{release.name}: space/image.js has no {kind}, {cfg["input_size"]}: it needs another resize')
+        raise CommandError(
+            f'{release.name}: space/image.js has no {kind}, {cfg["input_size"]}: it needs another resize'
+        )
     size = {'size': height, 'resize': math.floor(height / cfg['crop_pct'])}
     dataset = release.dataset
     return {
@@ -74,7 +79,7 @@ def describe_images(release):
     }
 
 
-def write_nets(release, target):
+def write_nets(release, size, target):
     """Copy the ONNX files, and write the twin's beside them. Tells what they are, what the page takes first first."""
     entry = read_json(release.shelf.manifest)[release.name]
     (target / ONNX).mkdir()
@@ -87,7 +92,7 @@ def write_nets(release, target):
             raise CommandError(f'{release.shown}/{ONNX}/{name} is not the file of the manifest: see hub/check.py')
         shutil.copyfile(path, target / ONNX / name)
         copy_kernels(path, target / ONNX / f'twin_{name}')
-        common = {'kind': KINDS[name], 'top1': known['accuracy'] and known['accuracy']['top1']}
+        common = {'kind': KINDS[name], 'size': size, 'top1': known['accuracy'] and known['accuracy']['top1']}
         kernels = {'': known['kernels'], 'twin_': entry['onnx']['twin'][name]['kernels']}
         parameters = {'': entry['parameters'], 'twin_': entry['twin_parameters']}
         for who in ('', 'twin_'):

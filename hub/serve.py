@@ -5,8 +5,8 @@
     python hub/serve.py --port 8001
 
 The nets are those of the default weights. onnxruntime-web is taken from tests/javascript/node_modules, where `make
-javascript` puts it, else from its CDN. Nothing is written but a temporary folder. Ctrl-C ends it. Exit code 0, or 2 and
-a line for each fault.
+javascript` puts it, else from its CDN. Nothing is written but a temporary folder. Ctrl-C ends it.
+Exit code 0, or 2 and a line for each fault.
 """
 
 import functools
@@ -18,7 +18,7 @@ from pathlib import Path
 import catalog
 import page
 
-from timm_sharesnet.cli import Parser, command, positive
+from timm_sharesnet.cli import CommandError, Parser, command, positive, reason
 
 RUNTIME = page.HUB.parent / 'tests' / 'javascript' / 'node_modules' / 'onnxruntime-web' / 'dist'
 
@@ -33,8 +33,15 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 def make_server(folder, port=0):
-    """A server of a folder to this machine alone, on any free port by default."""
-    return http.server.ThreadingHTTPServer(('127.0.0.1', port), functools.partial(Handler, directory=folder))
+    """A server of a folder to this machine alone, on any free port by default.
+
+    Raises:
+        CommandError: If another program has the port.
+    """
+    try:
+        return http.server.ThreadingHTTPServer(('127.0.0.1', port), functools.partial(Handler, directory=folder))
+    except (OSError, OverflowError) as e:
+        raise CommandError(f'port {port}: {reason(e)}; --port takes another') from e
 
 
 @command('serve.py')

@@ -5,9 +5,9 @@ import { loadSettings, open } from './net.js';
 
 const BEST = 3; // classes that are shown
 const $ = (id) => document.getElementById(id);
-const percent = (p) => `${(100 * p).toFixed(1)} %`;
+const percent = (p) => (p < 0.001 ? '< 0.1 %' : p > 0.999 ? '> 99.9 %' : `${(100 * p).toFixed(1)} %`);
 const megabytes = (bytes) => `${(bytes / 1e6).toPrecision(3)} MB`;
-const called = (net) => `${net.shared ? 'ShaResNet' : 'Unshared twin'}`;
+const called = (net) => (net.shared ? 'ShaResNet' : 'Unshared twin');
 
 let settings;
 let values; // of the image, as the nets take it
@@ -24,8 +24,8 @@ function make(tag, properties = {}, ...children) {
 
 // Images
 
-/** Classify an image that `read` gives as a file. */
-async function show(read) {
+/** Classify an image that `read` gives as a file, of a sample's button or not. */
+async function show(read, sample) {
   const mine = ++turn;
   const current = () => mine === turn;
   fail();
@@ -37,6 +37,7 @@ async function show(read) {
     bitmap.close();
     if (!current()) return;
     draw(pixels);
+    for (const button of $('samples').children) button.ariaPressed = String(button === sample);
     values = normalize(pixels, settings.input);
     const [first, ...others] = settings.nets;
     if (!opened.has(first)) wait(`Loading the net, ${megabytes(first.bytes)}, and its runtime`);
@@ -47,7 +48,7 @@ async function show(read) {
       rows.get(net)(await classify(net));
     }
   } catch (error) {
-    if (current()) fail(error, () => show(read));
+    if (current()) fail(error, () => show(read, sample));
   } finally {
     if (current()) wait();
   }
@@ -57,7 +58,7 @@ async function classify(net) {
   const [image, mine] = [values, turn];
   const { bytes, classify } = await open(net);
   await new Promise((resolve) => setTimeout(resolve)); // let the browser draw first: the net keeps it busy
-  const answer = { ...(await classify(image, settings.input.size)), bytes };
+  const answer = { ...(await classify(image)), bytes };
   opened.add(net);
   answer.best = settings.data.labels
     .map((label, i) => ({ label, p: answer.probabilities[i] }))
@@ -73,6 +74,7 @@ function draw(pixels) {
   $('seen').getContext('2d').putImageData(new ImageData(pixels, size), 0, 0);
   $('caption').hidden = false;
   $('hint').hidden = true;
+  $('seen').scrollIntoView({ block: 'nearest' });
 }
 
 // What is told
@@ -112,6 +114,7 @@ function fail(error, again) {
     button.addEventListener('click', again);
     $('error').append(button);
   }
+  $('error').scrollIntoView({ block: 'nearest' });
 }
 
 function explain(error) {
@@ -152,8 +155,8 @@ function tellAccuracy(nets, data) {
 
 function showSample({ file, label }) {
   const image = make('img', { src: file, alt: '', width: 32, height: 32 });
-  const button = make('button', { type: 'button', className: 'sample' }, image, make('span', { textContent: label }));
-  button.addEventListener('click', () => show(() => download(file)));
+  const button = make('button', { type: 'button', className: 'sample', ariaPressed: 'false' }, image, make('span', { textContent: label }));
+  button.addEventListener('click', () => show(() => download(file), button));
   return button;
 }
 
@@ -187,7 +190,7 @@ function showNet(net, largest) {
     try {
       answer.className = 'answer busy';
       answer.textContent = opened.has(net) ? 'Running' : 'Loading';
-      if (!values) await show(() => download(settings.samples[0].file));
+      if (!values) await show(() => download(settings.samples[0].file), $('samples').firstChild);
       if (values) await classify(net);
       else answer.replaceChildren();
     } catch (error) {
