@@ -69,7 +69,7 @@ def describe_images(release):
     (channels, height, width), kind = cfg['input_size'], (cfg['interpolation'], cfg['crop_mode'])
     if (channels, height, *kind) != (3, width, 'bicubic', 'center'):
         raise CommandError(
-            f'{release.name}: space/image.js has no {kind}, {cfg["input_size"]}: it needs another resize'
+            f'{release.name} takes images as {kind}, {cfg["input_size"]}, which space/image.js does not make'
         )
     size = {'size': height, 'resize': math.floor(height / cfg['crop_pct'])}
     dataset = release.dataset

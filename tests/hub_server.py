@@ -32,7 +32,7 @@ GITATTRIBUTES = b''.join(
     b'*.%s filter=lfs diff=lfs merge=lfs -text\n' % ending for ending in (b'bin', b'onnx', b'safetensors')
 )
 SPACE = {'README.md': b'---\ntitle: New\nsdk: static\n---\n', 'index.html': b'', 'style.css': b''}  # a new one's files
-COLORS = 'red yellow green blue indigo purple pink gray'.split()
+COLORS = {'red', 'yellow', 'green', 'blue', 'indigo', 'purple', 'pink', 'gray'}
 LICENSES = {'apache-2.0', 'mit', 'bsd-3-clause', 'cc-by-4.0', 'gpl-3.0', 'other', 'unknown'}
 
 
@@ -199,9 +199,8 @@ def metadata_errors(card, space=False):
     if space:
         if data.get('sdk') not in ('static', 'gradio', 'docker'):
             errors.append('"sdk" must be one of gradio, docker, static')
-        errors += [
-            f'"{key}" must be one of {COLORS}' for key in ('colorFrom', 'colorTo') if data.get(key) not in COLORS
-        ]
+        if not {data.get('colorFrom'), data.get('colorTo')} <= COLORS:
+            errors.append(f'"colorFrom" and "colorTo" must be of {sorted(COLORS)}')
         if not data.get('emoji', '').strip():
             errors.append('"emoji" is required')
         if len(data.get('short_description', '')) > 60:
