@@ -9,6 +9,7 @@ javascript` puts it, else from its CDN. Nothing is written but a temporary folde
 Exit code 0, or 2 and a line for each fault.
 """
 
+import contextlib
 import functools
 import http.server
 import sys
@@ -54,7 +55,8 @@ def main(argv):
         page.assemble(release, catalog.NAMESPACE, Path(folder), RUNTIME if RUNTIME.is_dir() else None)
         with make_server(folder, args.port) as server:
             print(f'{release.name} at http://localhost:{server.server_port}', flush=True)
-            server.serve_forever()
+            with contextlib.suppress(KeyboardInterrupt):
+                server.serve_forever()
 
 
 if __name__ == '__main__':

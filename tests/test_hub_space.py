@@ -6,8 +6,6 @@ import io
 import json
 import re
 import statistics
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -21,7 +19,7 @@ import pytest
 import serve
 import timm
 import torch
-from hub_project import NAME, ROOT, edit_json, flip_last_byte
+from hub_project import NAME, edit_json, flip_last_byte
 from PIL import Image, ImageOps
 
 from timm_sharesnet import unshare
@@ -198,19 +196,20 @@ def test_hashes_of_the_runtime_are_those_of_the_package(node_modules, published)
         assert base64.b64encode(hashlib.sha384(data).digest()).decode() == expected
 
 
-def test_serve_shows_the_page_and_says_if_the_port_is_taken(tmp_path):
+def test_serve_shows_the_page_until_ctrl_c_and_says_if_the_port_is_taken(tmp_path, monkeypatch, capsys):
+    def look(server):
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with urllib.request.urlopen(f'http://127.0.0.1:{server.server_port}') as response:
+            assert b'<main>' in response.read()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve.http.server.ThreadingHTTPServer, 'serve_forever', look)
     with serve.make_server(tmp_path) as other:
-        taken = serve.main(['--port', str(other.server_port)])
-    assert taken == 2
-    command = [sys.executable, str(ROOT / 'hub' / 'serve.py'), '--port', str(other.server_port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            line = process.stdout.readline()
-            assert line == f'{NAME} at http://localhost:{other.server_port}\n'
-            with urllib.request.urlopen(line.split()[-1]) as response:
-                assert b'<main>' in response.read()
-        finally:
-            process.terminate()
+        port = str(other.server_port)
+        assert serve.main(['--port', port]) == 2
+    assert capsys.readouterr().err == f'serve.py: port {port}: Address already in use; --port takes another\n'
+    assert serve.main(['--port', port]) == 0
+    assert capsys.readouterr().out == f'{NAME} at http://localhost:{port}\n'
 
 
 # The page as it is published
