@@ -96,6 +96,7 @@ function tell({ best, milliseconds, bytes }) {
 }
 
 function wait(what = '') {
+  if (what) $('status').textContent = what;
   $('busy').hidden = !what;
   $('busy').textContent = what;
   $('told').ariaBusy = String(Boolean(what));
@@ -107,6 +108,7 @@ function fail(error, again) {
   $('error').replaceChildren();
   $('told').classList.toggle('failed', Boolean(error));
   if (!error) return;
+  $('status').textContent = '';
   const { title, advice } = explain(error);
   $('error').append(make('p', {}, make('strong', { textContent: title }), ` ${advice}`));
   if (error.again) {

@@ -1,7 +1,7 @@
 /**
  * Images as the net takes them, to the pixel what timm's transform gives in Python: PIL's bicubic resize of the shorter
- * side, a crop of the centre, mean and standard deviation. A photo is turned as its EXIF data say, which timm leaves to
- * its user. Of an image more than twice as high as wide, Pillow 13 gives pixels that differ by 1, Pillow 12 does not.
+ * side, a crop of the centre, mean and standard deviation. The browser turns a photo as its EXIF data say, which timm
+ * leaves to its user. Where an image is more than twice as high as wide, pixels of Pillow 13 differ by 1.
  */
 import { Failure } from './failure.js';
 
@@ -16,11 +16,7 @@ export async function decode(file) {
     throw new Failure(`This file is too large: ${size}.`, `Take an image of at most ${LARGEST / 1e6} MB.`);
   }
   try {
-    return await createImageBitmap(file, {
-      imageOrientation: 'from-image',
-      colorSpaceConversion: 'none',
-      premultiplyAlpha: 'none',
-    });
+    return await createImageBitmap(file, { colorSpaceConversion: 'none', premultiplyAlpha: 'none' });
   } catch {
     if (await isHeic(file)) {
       throw new Failure('This browser cannot read HEIC photos.', 'Save the photo as JPEG or PNG, and take that.');
