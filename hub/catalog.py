@@ -16,6 +16,7 @@ from timm_sharesnet.cli import CommandError, did_you_mean
 
 PACKAGE = HUB.parent / 'timm_sharesnet'
 NAMESPACE = 'timm-sharesnet'  # ours, once registered; TIMM_SHARESNET_NAMESPACE or --namespace for people's own
+SPACE = 'sharesnet'  # the page's name there
 TRACKED_BYTES = 80e6  # what all tracked weights together stay under
 
 

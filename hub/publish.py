@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Publish folders of hub/ on the Hugging Face Hub, each as the repository NAMESPACE/ARCH.TAG.
+"""Publish folders of hub/ on the Hugging Face Hub, each as the repository NAMESPACE/ARCH.TAG, and the page as a Space.
 
     python hub/publish.py                          what would be published, without network
     python hub/publish.py ARCH.TAG --push          publish one
     python hub/publish.py ARCH.TAG --push --pin    and write its commit to timm_sharesnet/weights.json, for the loader
+    python hub/publish.py --space --push           publish the page of space/ as the Space NAMESPACE/sharesnet
     python hub/publish.py --output DIR --namespace ME --push     publish folders of your own, of build.py --output DIR
 
 Without names it takes all folders that have their weights. A repository is made private, gets its files in one commit,
@@ -14,21 +15,34 @@ Exit code 0, or 2 and a line a fault.
 """
 
 import contextlib
+import filecmp
 import os
 import shlex
 import signal
 import sys
 import tempfile
+from pathlib import Path
+from typing import NamedTuple
 
 import card
 import catalog
 import check
 import folder
 import huggingface_hub
+import page
 import timm
 import torch
 from folder import WEIGHTS
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    SpaceCard,
+    constants,
+    get_token,
+    snapshot_download,
+)
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, logging
 from packaging.version import Version
@@ -39,6 +53,40 @@ CHECKSUMS = '1.1'  # the first huggingface-hub that compares them
 TRUSTED_PUBLISHERS = '1.19'  # the first that knows them
 PINNED_ENDPOINT = 'https://huggingface.co'  # the only one whose commits the package may name
 GITATTRIBUTES = '.gitattributes'  # the Hub's own, in every new repository
+CARDS = {'model': ModelCard, 'space': SpaceCard}
+# What the Hub puts into a new repository, beside nothing or a page that says how to begin
+NEW = {'model': {GITATTRIBUTES}, 'space': {GITATTRIBUTES, 'README.md', 'index.html', 'style.css'}}
+
+
+class Parcel(NamedTuple):
+    """What is published.
+
+    Args:
+        path: Its files.
+        repo_id: Its repository.
+        repo_type: 'model' or 'space'.
+        release: The model, or the one that the page shows.
+        source: Where it is made from.
+    """
+
+    path: Path
+    repo_id: str
+    repo_type: str
+    release: catalog.Release
+    source: Path
+
+    @property
+    def address(self):
+        prefix = constants.REPO_TYPES_URL_PREFIXES.get(self.repo_type, '')
+        return f'{constants.ENDPOINT}/{prefix}{self.repo_id}'
+
+    @property
+    def repo(self):
+        """How the client names it."""
+        return {'repo_id': self.repo_id, 'repo_type': self.repo_type}
+
+    def card(self):
+        return CARDS[self.repo_type].load(self.path / 'README.md')
 
 
 @command('publish.py')
@@ -47,9 +95,12 @@ def main(argv):
     parser.add_argument('names', nargs='*', metavar='ARCH.TAG', help='what to publish')
     parser.add_argument('--namespace', metavar='NS', help=f'{catalog.NAMESPACE} by default')
     catalog.add_output(parser)
+    parser.add_argument('--space', action='store_true', help='publish the page, with the default weights')
     parser.add_argument('--push', action='store_true', help='publish')
     parser.add_argument('--pin', action='store_true', help='write the commit to weights.json')
     args = parser.parse_args(argv)
+    if args.space and (args.names or args.output or args.pin):
+        raise CommandError('--space is for the page, which has the default weights: no names, --output or --pin')
     shelf = catalog.open_shelf(args.output)
     namespace = catalog.choose_namespace(args.namespace, shelf)
     if args.push:
@@ -57,35 +108,33 @@ def main(argv):
         folder.require_onnx()  # `check` needs it
     if args.pin:
         refuse_pin(args.push, shelf, namespace)
-    names = args.names or [name for name in shelf.names() if (shelf.path / name / WEIGHTS).is_file()]
-    if not names:
-        raise CommandError(f'there is nothing to publish in {shelf.path}')
-    releases = [catalog.parse(name, shelf) for name in names]
-    for release in releases if args.pin else ():
-        if release.other_args:
-            raise CommandError(
-                f'--pin: the package loads by name, so {release.name} would lack {card.tell_args(release)}'
-            )
-    faults = [f'{r.name}: {fault}' for r in releases for fault in local_faults(r, namespace, args.push)]
-    if faults:
-        raise CommandError(*faults)
-    for release in releases:
-        show(release, namespace)
-    if not args.push:
-        print('Nothing was sent. --push publishes.')
-        return
+    with tempfile.TemporaryDirectory() as temporary:
+        if args.space:
+            parcels = [pack_space(shelf, namespace, Path(temporary))]
+        else:
+            parcels = pack_models(args, shelf, namespace)
+        for parcel in parcels:
+            show(parcel)
+        if args.push:
+            publish(parcels, namespace, args.pin)
+        else:
+            print('Nothing was sent. --push publishes.')
+
+
+def publish(parcels, namespace, pin):
+    """Push all, also after one failed."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     disable_progress_bars()
     logging.set_verbosity_error()
-    api = log_in(namespace)
-    for release in releases:
+    api, faults = log_in(namespace), []
+    for parcel in parcels:
         try:
-            oid = push(api, release, namespace)
+            oid = push(api, parcel)
         except CommandError as e:
-            faults += [f'{namespace}/{release.name}: {fault}' for fault in e.args]
+            faults += [f'{parcel.repo_id}: {fault}' for fault in e.args]
             continue
-        if args.pin:
-            write_pin(release, f'{namespace}/{release.name}', oid)
+        if pin:
+            write_pin(parcel, oid)
     if faults:
         raise CommandError(*faults)
 
@@ -108,17 +157,42 @@ def refuse_pin(push, shelf, namespace):
         )
 
 
-def write_pin(release, repo_id, oid):
-    path = release.shelf.pins
-    with release.shelf.locked():
-        pins = folder.read_json(path)
-        pins[release.name] |= {'repo': repo_id, 'revision': oid}
-        with folder.staged({path: folder.to_json(pins)}) as written:
+def write_pin(parcel, oid):
+    shelf = parcel.release.shelf
+    with shelf.locked():
+        pins = folder.read_json(shelf.pins)
+        pins[parcel.release.name] |= {'repo': parcel.repo_id, 'revision': oid}
+        with folder.staged({shelf.pins: folder.to_json(pins)}) as written:
             folder.replace(written)
-    print(f'{repo_id}: weights.json names commit {oid}; commit it and release the package')
+    print(f'{parcel.repo_id}: weights.json names commit {oid}; commit it and release the package')
 
 
 # Without network
+
+
+def pack_models(args, shelf, namespace):
+    """The models that are named, or all that are here with their weights, if nothing is wrong with any."""
+    names = args.names or [name for name in shelf.names() if (shelf.path / name / WEIGHTS).is_file()]
+    if not names:
+        raise CommandError(f'there is nothing to publish in {shelf.path}')
+    releases = [catalog.parse(name, shelf) for name in names]
+    for release in releases if args.pin else ():
+        if release.other_args:
+            raise CommandError(
+                f'--pin: the package loads by name, so {release.name} would lack {card.tell_args(release)}'
+            )
+    faults = [f'{r.name}: {fault}' for r in releases for fault in local_faults(r, namespace, args.push)]
+    if faults:
+        raise CommandError(*faults)
+    return [Parcel(r.path, f'{namespace}/{r.name}', 'model', r, r.path) for r in releases]
+
+
+def pack_space(shelf, namespace, work):
+    """The page, put together in a directory."""
+    release, path = page.default_release(shelf), work / catalog.SPACE
+    path.mkdir()
+    page.assemble(release, namespace, path)
+    return Parcel(path, f'{namespace}/{catalog.SPACE}', 'space', release, page.SOURCE)
 
 
 def local_faults(release, namespace, push):
@@ -138,9 +212,9 @@ def local_faults(release, namespace, push):
     return [f'the card was written for {written_for}, not for {namespace}: {again}']
 
 
-def show(release, namespace):
-    files = {file: path.stat().st_size for file, path in folder.files(release.path).items()}
-    print(f'{release.shown} -> {constants.ENDPOINT}/{namespace}/{release.name}')
+def show(parcel):
+    files = {file: path.stat().st_size for file, path in folder.files(parcel.path).items()}
+    print(f'{os.path.relpath(parcel.source)} -> {parcel.address}')
     for file, size in files.items():
         print(f'{size:>13,}  {file}')
     print(f'{sum(files.values()):>13,}  bytes, {len(files)} files', flush=True)
@@ -177,122 +251,151 @@ def log_in(namespace):
     return api
 
 
-def push(api, release, namespace):
+def push(api, parcel):
     """Bring a repository to the state of its folder, and show it to everyone. Returns the commit."""
-    path, repo_id = release.path, f'{namespace}/{release.name}'
+    repo_id = parcel.repo_id
     with step('validating the card'):
-        ModelCard.load(path / 'README.md').validate()
-    before = find(api, repo_id)
+        parcel.card().validate()
+    if parcel.repo_type == 'space':
+        require_model(api, parcel)
+    before = find(api, parcel)
     try:
-        info = before or create(api, repo_id)
-        oid = commit(api, info, path)
-        verify(api, repo_id, oid, path)
+        info = before or create(api, parcel)
+        oid = commit(api, info, parcel)
+        verify(api, parcel, oid)
     except BaseException as e:
-        state = clean_up(api, repo_id, before)
+        state = clean_up(api, parcel, before)
         if isinstance(e, CommandError):
             raise CommandError(*e.args, state) from e
         print(f'{repo_id}: {state}', file=sys.stderr)
         raise
     if info.private:
         with step(f'commit {oid} is there and verified; making it public'):
-            error = attempt(api.update_repo_settings, repo_id, private=False)
-            if api.model_info(repo_id).private:
+            error = attempt(api.update_repo_settings, **parcel.repo, private=False)
+            if api.repo_info(**parcel.repo).private:
                 raise error or CommandError(f'commit {oid} is verified, but the Hub still shows it as private')
     print(f'{repo_id}: {"unchanged, " if oid == info.sha else ""}verified and public at commit {oid}')
     return oid
 
 
-def find(api, repo_id):
+def require_model(api, parcel):
+    """Raise unless everyone finds the model that the page names."""
+    name, namespace = parcel.release.name, parcel.repo_id.partition('/')[0]
+    info = find(api, parcel._replace(repo_id=f'{namespace}/{name}', repo_type='model'))
+    if info is None or info.private:
+        raise CommandError(f'the page links to {namespace}/{name}, which is not public: publish.py {name} --push')
+
+
+def find(api, parcel):
     """What the Hub knows of a repository, or None if there is none."""
     with step('looking for the repository'):
         try:
-            info = api.model_info(repo_id)
+            info = api.repo_info(**parcel.repo)
         except RepositoryNotFoundError:
             return None
-    if info.id != repo_id:
+    if info.id != parcel.repo_id:
         raise CommandError(f'it was renamed or transferred to {info.id}, which whoever owns it now may change')
     return info
 
 
-def create(api, repo_id):
+def create(api, parcel):
     """Make a private repository."""
     with step('making the repository'):
-        error = attempt(api.create_repo, repo_id, private=True)
-        info = find(api, repo_id)
+        kind = {'space_sdk': 'static'} if parcel.repo_type == 'space' else {}
+        error = attempt(api.create_repo, **parcel.repo, **kind, private=True)
+        info = find(api, parcel)
         if info is None:
             raise error or CommandError('the Hub does not show the new repository yet: run this again')
         return info
 
 
-def attempt(request, *args, **kwargs):
+def attempt(request, **kwargs):
     """The error of a request, if any: it may have been done all the same, and only the answer was lost."""
     try:
-        request(*args, **kwargs)
+        request(**kwargs)
     except Exception as e:
         return e
     return None
 
 
-def commit(api, info, path):
+def commit(api, info, parcel):
     """Make the repository hold the folder's files and nothing else, in one commit at most. Returns its hash."""
-    there, wanted = {file.rfilename for file in info.siblings}, folder.files(path)
+    there, wanted = {file.rfilename for file in info.siblings}, folder.files(parcel.path)
     operations = [CommitOperationAdd(name, file) for name, file in wanted.items()]
     operations += [CommitOperationDelete(name) for name in sorted(there - wanted.keys() - {GITATTRIBUTES})]
+    message = f'Publish {parcel.path.name}'
     with step('uploading'):
         try:
             return api.create_commit(
-                info.id, operations, commit_message=f'Publish {path.name}', parent_commit=info.sha
+                **parcel.repo, operations=operations, commit_message=message, parent_commit=info.sha
             ).oid
         except Exception as e:
             if _status(e) == 412:
                 raise CommandError('somebody else committed at the same time: look at it, then run this again') from e
             with contextlib.suppress(Exception):
-                now = api.model_info(info.id).sha
+                now = api.repo_info(**parcel.repo).sha
                 if now != info.sha:  # it was made, and only the answer was lost; `verify` tells
                     return now
             raise
 
 
-def verify(api, repo_id, oid, path):
-    """Raise unless a commit is on main, holds the folder's files alone, has a card, and loads to the same weights."""
+def verify(api, parcel, oid):
+    """Raise unless a commit is on main, holds the folder's files alone, has a card, and is loaded as it was sent."""
     with step(f'verifying commit {oid}'):
-        info = api.model_info(repo_id)
-        found = api.verify_repo_checksums(repo_id, revision=oid, local_dir=path)
+        info = api.repo_info(**parcel.repo)
+        found = api.verify_repo_checksums(**parcel.repo, revision=oid, local_dir=parcel.path)
         wrong = {file['path'] for file in found.mismatches} | set(found.extra_paths)
         wrong |= set(found.missing_paths) - {GITATTRIBUTES}
         if info.sha != oid:
             raise CommandError(f'somebody else has committed {info.sha} since: look at it, then run this again')
         if wrong:
             raise CommandError(f'not as sent: {", ".join(sorted(wrong))}')
-        card_data, ours = info.card_data, ModelCard.load(path / 'README.md').data
-        if not card_data or card_data.library_name != 'timm' or bool(card_data.eval_results) != bool(ours.eval_results):
-            raise CommandError('the Hub does not see the metadata of the card')
-        with tempfile.TemporaryDirectory() as cache:
-            loaded = timm.create_model(f'hf-hub:{repo_id}@{oid}', pretrained=True, cache_dir=cache).eval()
-        sent = folder.load(path)
-        images = torch.randn(2, *sent.pretrained_cfg['input_size'])
-        found, expected = loaded.state_dict(), sent.state_dict()
-        if found.keys() != expected.keys() or not all(torch.equal(found[k], expected[k]) for k in expected):
-            raise CommandError('timm does not load the same weights from the Hub as from the folder')
-        with torch.inference_mode():
-            if not torch.allclose(loaded(images), sent(images)):
-                raise CommandError('timm does not build the same net from the Hub as from the folder')
+        {'model': verify_model, 'space': verify_space}[parcel.repo_type](info, parcel, oid)
 
 
-def clean_up(api, repo_id, before):
+def verify_model(info, parcel, oid):
+    """Raise unless the Hub reads the card, and timm loads the same net."""
+    card_data, ours = info.card_data, parcel.card().data
+    if not card_data or card_data.library_name != 'timm' or bool(card_data.eval_results) != bool(ours.eval_results):
+        raise CommandError('the Hub does not see the metadata of the card')
+    with tempfile.TemporaryDirectory() as cache:
+        loaded = timm.create_model(f'hf-hub:{parcel.repo_id}@{oid}', pretrained=True, cache_dir=cache).eval()
+    sent = folder.load(parcel.path)
+    images = torch.randn(2, *sent.pretrained_cfg['input_size'])
+    found, expected = loaded.state_dict(), sent.state_dict()
+    if found.keys() != expected.keys() or not all(torch.equal(found[k], expected[k]) for k in expected):
+        raise CommandError('timm does not load the same weights from the Hub as from the folder')
+    with torch.inference_mode():
+        if not torch.allclose(loaded(images), sent(images)):
+            raise CommandError('timm does not build the same net from the Hub as from the folder')
+
+
+def verify_space(info, parcel, oid):
+    """Raise unless the Hub takes it for a static page, and gives the same files."""
+    if not info.card_data or info.card_data.sdk != 'static':
+        raise CommandError('the Hub does not see the metadata of the card')
+    names = folder.files(parcel.path)
+    with tempfile.TemporaryDirectory() as there:
+        snapshot_download(**parcel.repo, revision=oid, local_dir=there)
+        _, other, missing = filecmp.cmpfiles(parcel.path, there, names, shallow=False)
+    if other or missing:
+        raise CommandError(f'the Hub gives other files than were sent: {", ".join([*other, *missing])}')
+
+
+def clean_up(api, parcel, before):
     """Delete a repository that this run made if it is still empty. Tells what became of it."""
     try:
-        info = find(api, repo_id)
+        info = find(api, parcel)
         if info is None:
             return 'no repository was left behind'
         if before:
             return f'it is {"unchanged" if info.sha == before.sha else "now"} at commit {info.sha}'
-        if info.private and {file.rfilename for file in info.siblings} == {GITATTRIBUTES}:
-            api.delete_repo(repo_id)
+        if info.private and {file.rfilename for file in info.siblings} <= NEW[parcel.repo_type]:
+            api.delete_repo(**parcel.repo)
             return 'the new repository was still empty and was deleted'
         return f'the new repository is {"private" if info.private else "public"} at commit {info.sha}: run this again'
     except Exception:
-        return f'what became of {constants.ENDPOINT}/{repo_id} is not known: look at it, or run this again'
+        return f'what became of {parcel.address} is not known: look at it, or run this again'
 
 
 @contextlib.contextmanager

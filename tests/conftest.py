@@ -54,7 +54,8 @@ def browser() -> Iterator[Any]:
     if not executable:
         pytest.skip('needs a browser (chromium)')
     playwright = pytest.importorskip('playwright.sync_api')
-    flags = ['--no-sandbox', '--disable-quic', '--disable-background-networking', '--disable-component-update']
+    flags = ['--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream']  # a camera, that may be used
+    flags += ['--no-sandbox', '--disable-quic', '--disable-background-networking', '--disable-component-update']
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=executable, args=flags)
         yield browser

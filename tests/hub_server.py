@@ -1,7 +1,8 @@
 """A stand-in for the Hugging Face Hub: enough of its API for the real `huggingface_hub` client to publish and load.
 
 It proves that client, wire format, cache and timm work together, not what the Hub's own policy is (hub/README.md has
-the list). It keeps repositories, commits and LFS objects in memory, knows tokens and namespaces, and fails on demand:
+the list). It keeps repositories, commits and LFS objects in memory, knows tokens and namespaces, and fails on demand.
+The id of a Space begins with `spaces/`.
 
     with HubServer() as hub:
         hub.tokens['hf_write'] = Token('me', orgs=['our-org'])
@@ -30,6 +31,8 @@ import yaml
 GITATTRIBUTES = b''.join(
     b'*.%s filter=lfs diff=lfs merge=lfs -text\n' % ending for ending in (b'bin', b'onnx', b'safetensors')
 )
+SPACE = {'README.md': b'---\ntitle: New\nsdk: static\n---\n', 'index.html': b'', 'style.css': b''}  # a new one's files
+COLORS = {'red', 'yellow', 'green', 'blue', 'indigo', 'purple', 'pink', 'gray'}
 LICENSES = {'apache-2.0', 'mit', 'bsd-3-clause', 'cc-by-4.0', 'gpl-3.0', 'other', 'unknown'}
 
 
@@ -115,7 +118,7 @@ class HubServer:
 
     def reset(self):
         """Forget everything."""
-        self.repos = {}  # 'namespace/name' -> Repo
+        self.repos = {}  # id -> Repo
         self.renamed = {}  # old id -> new id, redirected as the Hub does after a rename or transfer
         self.lfs = {}  # SHA-256 -> bytes
         self.tokens = {}  # token -> Token
@@ -186,13 +189,22 @@ def read_metadata(card):
     return yaml.safe_load(match[1]) if match else None
 
 
-def metadata_errors(card):
+def metadata_errors(card, space=False):
     """What the Hub's validator says to the metadata of a card: of its rules, those that a card of ours could break."""
     try:
         data = read_metadata(card) or {}
     except yaml.YAMLError as e:
         return [f'YAML: {e}']
     errors = []
+    if space:
+        if data.get('sdk') not in ('static', 'gradio', 'docker'):
+            errors.append('"sdk" must be one of gradio, docker, static')
+        if not {data.get('colorFrom'), data.get('colorTo')} <= COLORS:
+            errors.append(f'"colorFrom" and "colorTo" must be of {sorted(COLORS)}')
+        if not data.get('emoji', '').strip():
+            errors.append('"emoji" is required')
+        if len(data.get('short_description', '')) > 60:
+            errors.append('"short_description" must have at most 60 characters')
     if data.get('license', 'unknown') not in LICENSES:
         errors.append(f'"license" must be one of {sorted(LICENSES)}')
     for dataset in data.get('datasets', []):
@@ -207,6 +219,10 @@ def metadata_errors(card):
     return errors
 
 
+API = r'/api/(?:models/)?(?P<id>(?:spaces/)?[^/]+/[^/]+)'
+ID = r'/(?P<id>(?:spaces/)?[^/]+/[^/]+)'
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
     hub: HubServer
@@ -216,18 +232,18 @@ class _Handler(BaseHTTPRequestHandler):
         ('DELETE', r'/api/repos/delete', 'delete_repo'),
         ('POST', r'/api/validate-yaml', 'validate_yaml'),
         ('GET', r'/api/whoami-v2', 'whoami'),
-        ('POST', r'/api/models/(?P<id>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)', 'preupload'),
-        ('POST', r'/api/models/(?P<id>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)', 'commit'),
-        ('POST', r'/api/models/(?P<id>[^/]+/[^/]+)/paths-info/(?P<rev>[^/]+)', 'paths_info'),
-        ('PUT', r'/api/models/(?P<id>[^/]+/[^/]+)/settings', 'settings'),
-        ('GET', r'/api/models/(?P<id>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)(/(?P<path>.+))?', 'tree'),
-        ('GET', r'/api/models/(?P<id>[^/]+/[^/]+)(/revision/(?P<rev>[^/]+))?', 'model_info'),
-        ('POST', r'/(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch', 'lfs_batch'),
-        ('POST', r'/(?P<id>[^/]+/[^/]+)\.git/info/lfs/verify', 'lfs_verify'),
+        ('POST', API + r'/preupload/(?P<rev>[^/]+)', 'preupload'),
+        ('POST', API + r'/commit/(?P<rev>[^/]+)', 'commit'),
+        ('POST', API + r'/paths-info/(?P<rev>[^/]+)', 'paths_info'),
+        ('PUT', API + r'/settings', 'settings'),
+        ('GET', API + r'/tree/(?P<rev>[^/]+)(/(?P<path>.+))?', 'tree'),
+        ('GET', API + r'(/revision/(?P<rev>[^/]+))?', 'repo_info'),
+        ('POST', ID + r'\.git/info/lfs/objects/batch', 'lfs_batch'),
+        ('POST', ID + r'\.git/info/lfs/verify', 'lfs_verify'),
         ('PUT', r'/lfs/(?P<oid>[0-9a-f]{64})', 'lfs_put'),
         ('GET', r'/lfs/(?P<oid>[0-9a-f]{64})', 'lfs_get'),
-        ('HEAD', r'/(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)', 'resolve'),
-        ('GET', r'/(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)', 'resolve'),
+        ('HEAD', ID + r'/resolve/(?P<rev>[^/]+)/(?P<path>.+)', 'resolve'),
+        ('GET', ID + r'/resolve/(?P<rev>[^/]+)/(?P<path>.+)', 'resolve'),
     ]
 
     def log_message(self, *_):
@@ -323,7 +339,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def repo(self, repo_id, write=False):
         user, repo = self.user(needed=write), self.hub.repos.get(repo_id)
-        namespace = repo_id.split('/')[0]
+        namespace = repo_id.split('/')[-2]
         visible = repo and (not repo.private or (user and namespace in (user.name, *user.orgs)))
         if not visible:  # the Hub does not tell private from missing
             raise Refusal(404 if user else 401, 'Repository not found', 'RepoNotFound')
@@ -342,19 +358,28 @@ class _Handler(BaseHTTPRequestHandler):
     def create_repo(self, body):
         user = self.user(needed=True)
         namespace = body.get('organization') or user.name
-        repo_id = f'{namespace}/{body["name"]}'
+        kind = body.get('type', 'model')
+        repo_id = self.full_id(body, namespace)
         if not user.may_write(namespace):
-            raise Refusal(403, f"You don't have the rights to create a model under the namespace {namespace}")
+            raise Refusal(403, f"You don't have the rights to create a {kind} under the namespace {namespace}")
         url = f'{self.hub.endpoint}/{repo_id}'
         if repo_id in self.hub.repos:
-            raise Refusal(409, 'You already created this model repo', url=url)
+            raise Refusal(409, f'You already created this {kind} repo', url=url)
         private = body.get('private') or body.get('visibility') == 'private'
-        first = Commit('initial commit', {'.gitattributes': Blob(GITATTRIBUTES)})
+        files = {'.gitattributes': GITATTRIBUTES, **(SPACE if kind == 'space' else {})}
+        first = Commit('initial commit', {path: Blob(data) for path, data in files.items()})
         self.hub.repos[repo_id] = Repo(bool(private), [first])
         return 200, {}, {'url': url, 'name': repo_id, 'id': repo_id}
 
+    def full_id(self, body, namespace):
+        if body.get('type') != 'space':
+            return f'{namespace}/{body["name"]}'
+        if self.command == 'POST' and body.get('sdk') != 'static':
+            raise Refusal(400, '"sdk" is required')
+        return f'spaces/{namespace}/{body["name"]}'
+
     def delete_repo(self, body):
-        repo_id = f'{body.get("organization") or self.user().name}/{body["name"]}'
+        repo_id = self.full_id(body, body.get('organization') or self.user().name)
         self.repo(repo_id, write=True)
         del self.hub.repos[repo_id]
         return 200, {}, b''
@@ -370,19 +395,19 @@ class _Handler(BaseHTTPRequestHandler):
         token = {'displayName': 'test', 'role': user.role}
         return 200, {}, {'type': 'user', 'name': user.name, 'orgs': orgs, 'auth': {'accessToken': token}}
 
-    def model_info(self, _, id, rev='main'):
-        repo = self.repo(id)
+    def repo_info(self, _, id, rev='main'):
+        repo, name = self.repo(id), id.removeprefix('spaces/')
         commit = self.revision(repo, rev)
         files = [{'rfilename': path} for path in commit.files]
         readme = commit.files.get('README.md')
         data = read_metadata(readme.data.decode()) if readme else None
-        info = {'_id': '0', 'id': id, 'modelId': id, 'sha': commit.oid, 'private': repo.private, 'siblings': files}
-        return 200, {}, {**info, 'tags': [], 'downloads': 0, 'cardData': data}
+        info = {'_id': '0', 'id': name, 'modelId': name, 'sha': commit.oid, 'private': repo.private, 'siblings': files}
+        return 200, {}, {**info, 'tags': [], 'downloads': 0, 'cardData': data, 'sdk': (data or {}).get('sdk')}
 
     # Commits
 
     def validate_yaml(self, body):
-        errors = metadata_errors(body['content'])
+        errors = metadata_errors(body['content'], body.get('repoType') == 'space')
         answer = {'errors': [{'message': e} for e in errors], 'warnings': []}
         return (400 if errors else 200), {}, answer
 
@@ -419,7 +444,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if value['path'] not in files:
                     raise Refusal(404, "A file with this name doesn't exist", 'EntryNotFound')
                 del files[value['path']]
-        errors = metadata_errors(files['README.md'].data.decode()) if 'README.md' in files else []
+        readme, space = files.get('README.md'), id.startswith('spaces/')
+        errors = metadata_errors(readme.data.decode(), space) if readme else []
         if errors:
             raise Refusal(400, '; '.join(errors))
         repo.commits.append(Commit(title, files, parent.oid))

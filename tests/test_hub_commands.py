@@ -7,7 +7,7 @@ import sys
 import pytest
 from hub_project import NAME, copy_project
 
-COMMANDS = ('build', 'check', 'publish', 'import_torch7')
+COMMANDS = ('build', 'check', 'publish', 'serve', 'import_torch7')
 
 
 @pytest.mark.parametrize('command', COMMANDS)

@@ -26,6 +26,7 @@ from packaging.version import Version
 from PIL import Image
 
 REPO = f'timm-sharesnet/{NAME}'
+SPACE = 'spaces/timm-sharesnet/sharesnet'
 FILES = {'README.md', 'config.json', 'curves.png', 'model.safetensors', 'preprocessor_config.json', 'training.json'}
 FILES |= {'onnx/model.onnx', 'onnx/model_quantized.onnx'}
 WORKER = """
@@ -392,6 +393,80 @@ def test_renamed_repository_is_refused(fails, hub):
     head = hub.create(f'new-owner/{NAME}', {'README.md': b'# theirs\n'})
     fails(f'it was renamed or transferred to new-owner/{NAME}')
     assert list(hub.repos) == [f'new-owner/{NAME}'] and hub.repos[f'new-owner/{NAME}'].head.oid == head
+
+
+# The page
+
+
+@pytest.fixture
+def model(hub, project):
+    """The model is public."""
+    hub.create(REPO, read_files(project / 'hub' / NAME))
+    return hub.repos[REPO]
+
+
+def page_is_published(server):
+    """Whether the stand-in holds a page with four nets, publicly, in one commit after the first."""
+    repo = server.repos[SPACE]
+    files = {name: blob.data for name, blob in repo.head.files.items()}
+    nets = json.loads(files['nets.json'])['nets']
+    same = all(len(files[net['file']]) == net['bytes'] for net in nets)
+    return not repo.private and len(repo.commits) == 2 and len(nets) == 4 and same and b'<main>' in files['index.html']
+
+
+def test_space_is_shown_without_a_request_and_nothing_is_sent(run, hub):
+    code, out, err = run('--space', token=None)
+    assert (code, err, hub.requests) == (0, [], [])
+    assert f'hub/space -> {hub.endpoint}/spaces/timm-sharesnet/sharesnet\n' in out
+    assert '1,428,633  onnx/model_quantized.onnx' in out and out.endswith('Nothing was sent. --push publishes.\n')
+
+
+def test_space_is_made_private_verified_and_shown_and_again_is_a_no_op(push, hub, model):
+    out = push('--space')
+    assert page_is_published(hub)
+    repo = hub.repos[SPACE]
+    assert [c.title for c in repo.commits] == ['initial commit', 'Publish sharesnet']
+    data = yaml.safe_load(repo.head.files['README.md'].data.decode().split('---\n')[1])
+    assert (data['sdk'], data['models'], data['license']) == ('static', [REPO], 'apache-2.0')
+    assert f'public at commit {repo.head.oid}' in out and len(model.commits) == 2
+    order = ['POST /api/validate-yaml', 'POST /api/repos/create', f'POST /api/{SPACE}/commit/main']
+    order += [f'GET /api/{SPACE}/tree/{repo.head.oid}', f'PUT /api/{SPACE}/settings']
+    assert [hub.requests.index(r) for r in order] == sorted(hub.requests.index(r) for r in order)
+    hub.requests.clear()
+    assert 'unchanged' in push('--space') and page_is_published(hub)
+    assert not any(re.search('PUT|create|/commit/|settings', r) for r in writes(hub))
+
+
+def test_space_of_a_model_that_is_not_public_is_refused(fails, hub, model):
+    message = f'the page links to {REPO}, which is not public: publish.py {NAME} --push'
+    model.private = True
+    assert len(fails(message, '--space')) == 1
+    del hub.repos[REPO]
+    assert len(fails(message, '--space')) == 1 and not hub.repos
+
+
+@pytest.mark.parametrize('failure', [('POST', '/preupload/', 503, 99), ('POST', '/commit/', Failure.CUT, 99)])
+def test_failed_push_leaves_no_space(fails, hub, model, failure):
+    hub.fail(*failure)
+    err = fails('uploading', '--space')
+    assert SPACE not in hub.repos and err[1].endswith('the new repository was still empty and was deleted')
+
+
+def test_space_that_the_hub_gives_otherwise_stays_private(fails, hub, model):
+    def damage(_pid):
+        blob = hub.repos[SPACE].head.files['onnx/model_quantized.onnx']
+        hub.lfs[blob.oid] = b'damaged'
+
+    hub.fail('GET', f'{SPACE}/tree/', 1.0)
+    fails('', '--space', started=once_asked(hub, f'{SPACE}/tree/', damage))
+    assert hub.repos[SPACE].private
+
+
+def test_space_of_damaged_nets_or_with_other_options_is_refused(fails, hub, project):
+    for extra in ([NAME], ['--pin'], ['--output', str(project / 'own')]):
+        assert len(fails('no names, --output or --pin', '--space', *extra)) == 1
+    flip_last_byte(project / 'hub' / NAME / 'onnx' / 'model.onnx')
+    assert len(fails('onnx/model.onnx is not the file of the manifest', '--space')) == 1 and not hub.requests
 
 
 # What may not be published at all
