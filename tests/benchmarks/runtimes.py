@@ -374,6 +374,55 @@ def load_aoti(path, threads):
     return one_by_one(lambda images: package(torch.from_numpy(images)).numpy())
 
 
+# ONNX Runtime, in other ways than `timm_sharesnet.export` writes its files
+
+
+def convert_ort_optimized(net, images, path):
+    """The file that ONNX Runtime saves after its own optimisation, for processors like this one, weights beside it."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        onnx = Path(folder, 'net.onnx')
+        write_onnx(net, images, onnx)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = f'{path}.onnx'
+        prefix, data = 'session.optimized_model_external_initializers', f'{Path(path).name}.onnx_data'
+        options.add_session_config_entry(f'{prefix}_file_name', data)
+        options.add_session_config_entry(f'{prefix}_min_size_in_bytes', '1024')
+        onnxruntime.InferenceSession(str(onnx), options, providers=['CPUExecutionProvider'])
+
+
+def convert_ort_inputs(net, images, path):
+    """int8 whose shared kernels are optional inputs, too, so that a session packs them at each inference alone."""
+    import onnx
+
+    from timm_sharesnet.export import quantize
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, 'net.onnx')
+        write_onnx(net, images, source)
+        quantize(source, f'{path}.onnx', [image.numpy() for image in images.split(1)])
+    proto = onnx.load(f'{path}.onnx')
+    readers = [name for node in proto.graph.node for name in node.input]
+    for node in proto.graph.node:
+        for tensor in proto.graph.initializer:
+            if node.op_type == 'DequantizeLinear' and node.input[0] == tensor.name and len(tensor.dims) == 4:
+                if readers.count(node.output[0]) + readers.count(tensor.name) > 2:
+                    value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+                    proto.graph.input.append(value)
+    Path(f'{path}.onnx_data').unlink(missing_ok=True)
+    onnx.save(proto, f'{path}.onnx')
+
+
+def load_ort(path, threads):
+    from timm_sharesnet.export import open_session, run
+
+    session = open_session(f'{path}.onnx', intra_op_num_threads=threads)
+    return one_by_one(lambda images: run(session, images))
+
+
+ORT = ('onnxruntime',), ('onnxruntime', 'onnx', 'timm_sharesnet.export')
 NCNN, MNN = (('ncnn', 'pnnx'), ('pnnx', 'ncnn')), (('MNN',), ('MNN', 'MNN.nn'))
 EXECUTORCH = ('executorch', 'torchao'), ('torchao', 'torch', 'executorch.runtime')
 LITERT = (
@@ -392,5 +441,7 @@ RUNTIMES: Dict[Tuple[str, str], Runtime] = {
     ('executorch', 'fp32'): Runtime(*EXECUTORCH, convert_executorch, load_executorch),
     ('executorch', 'int8'): Runtime(*EXECUTORCH, convert_executorch_int8, load_executorch),
     ('nncf', 'int8'): Runtime(('nncf', 'openvino'), ('nncf', 'openvino'), convert_nncf, load_openvino),
+    ('onnxruntime-optimized', 'fp32'): Runtime(*ORT, convert_ort_optimized, load_ort),
+    ('onnxruntime-inputs', 'int8'): Runtime(*ORT, convert_ort_inputs, load_ort),
     ('aoti', 'fp32'): Runtime(('torch',), ('torch',), convert_aoti, load_aoti),
 }
