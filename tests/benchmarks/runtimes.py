@@ -416,13 +416,15 @@ def convert_ort_inputs(net, images, path):
 
 
 def load_ort(path, threads):
-    from timm_sharesnet.export import open_session, run
+    import onnxruntime
 
-    session = open_session(f'{path}.onnx', intra_op_num_threads=threads)
-    return one_by_one(lambda images: run(session, images))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, threads
+    session = onnxruntime.InferenceSession(f'{path}.onnx', options, providers=['CPUExecutionProvider'])
+    return one_by_one(lambda images: session.run(None, {'pixel_values': images})[0])
 
 
-ORT = ('onnxruntime',), ('onnxruntime', 'onnx', 'timm_sharesnet.export')
+ORT = ('onnxruntime',), ('onnx', 'onnxruntime')
 NCNN, MNN = (('ncnn', 'pnnx'), ('pnnx', 'ncnn')), (('MNN',), ('MNN', 'MNN.nn'))
 EXECUTORCH = ('executorch', 'torchao'), ('torchao', 'torch', 'executorch.runtime')
 LITERT = (
