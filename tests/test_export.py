@@ -98,6 +98,16 @@ def test_int8_file_holds_each_shared_kernel_once_and_agrees_with_the_twin_s(kind
     assert sizes[0] < sizes[1]
 
 
+def test_file_whose_weights_are_in_a_second_one_is_quantized(tmp_path, monkeypatch):
+    monkeypatch.setattr('timm_sharesnet.export.EXTERNAL_ABOVE', 0)
+    model = small('wide')
+    x, path = images(model), tmp_path / 'net.onnx'
+    export_onnx(fold(model), path, SIZE)
+    assert (tmp_path / 'net.onnx_data').exists()
+    quantize(path, tmp_path / 'int8.onnx', [x.numpy()])
+    assert error(outputs(tmp_path / 'int8.onnx', x), model(x)) <= 0.3
+
+
 @slow_but_for('shawrn40_4', name='name', of=SHARED)
 def test_each_model_takes_the_memory_of_its_own_weights(name, file):
     model = create(name)

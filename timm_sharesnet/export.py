@@ -157,9 +157,10 @@ def quantize(path: Union[str, Path], target: Union[str, Path], batches: Sequence
             return next(inputs, None)
 
     with _temporary(f'{Path(path).name} cannot be quantized') as folder:
-        prepared, quantized = folder / 'prepared.onnx', folder / 'quantized.onnx'
+        whole, prepared, quantized = (folder / f'{name}.onnx' for name in ('whole', 'prepared', 'quantized'))
+        onnx.save(onnx.load(path), whole)  # ONNX Runtime would look for weights of a second file beside its own copy
         # onnx infers the shapes, too; the symbolic inference fails where the pooling takes a maximum
-        quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+        quant_pre_process(str(whole), str(prepared), skip_symbolic_shape=True)
         quantize_static(
             str(prepared),
             str(quantized),

@@ -1,7 +1,9 @@
-"""Memory and latency of deployed nets in ONNX Runtime and OpenVINO, each against its folded unshared twin. Run by hand:
+"""Memory and latency of deployed nets in one runtime after the other, each against its unshared twin. Run by hand:
 
     python tests/benchmarks/deploy.py sharesnet34 sharesnet50
     python tests/benchmarks/deploy.py sharesnet152 --precisions fp32 --batch-sizes    (memory only)
+    python tests/benchmarks/deploy.py sharesnet50 --runtimes ncnn mnn --batch-sizes
+    python tests/benchmarks/deploy.py sharesnet164_cifar --runtimes mnn nncf --accuracy DATA
 
 Three forms of each net, with batch norms that are not trivial (`tests/models.py`): `exported` as it is, as any exporter
 does it, `folded` by `timm_sharesnet.fold`, and the `twin`, unshared and folded by the same function. int8 is calibrated
@@ -16,11 +18,18 @@ twin; the medians are kept. It means something only if nothing else runs.
 What is measured replaces what tests/benchmarks/results/deploy-MACHINE-VERSIONS.csv has of these nets; the picture
 hub/deploy.svg is drawn from all rows. Printed, too, are the bytes of gradients and optimizer state, counted on the meta
 device. Needs the extra `timm-sharesnet[bench]`. Exit code 0, or 2 for options that it does not know.
+
+The runtimes of devices (`runtimes.py`) take one image, and each is skipped where its packages are not installed. The
+net is folded, as the twin is. Their rows go to devices-MACHINE-VERSIONS.csv, with the versions of the runtime, and
+`error`: the largest difference from torch's logits on eight images of noise, relative to the largest logit. What int8
+costs is measured with `--accuracy DATA` instead, and nothing else then: top-1 of the packaged weights on the images of
+DATA/test/CLASS, calibrated with some of DATA/train.
 """
 
 import argparse
 import csv
 import functools
+import importlib.util
 import itertools
 import platform
 import re
@@ -33,15 +42,17 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import onnxruntime
-import openvino
+import runtimes
 import timm
 import torch
+from runtimes import size_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import SHARED, TWINS, create  # noqa: E402
+from models import SHARED, TWINS, create, error  # noqa: E402
 
 from timm_sharesnet import fold, unshare  # noqa: E402
 from timm_sharesnet.export import export_onnx, inspect, open_session, quantize, run, session_memory  # noqa: E402
+from timm_sharesnet.images import FolderImages  # noqa: E402
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -50,6 +61,9 @@ RESULTS = Path(__file__).with_name('results')
 PICTURE = Path(__file__).parents[2] / 'hub' / 'deploy.svg'
 FORMS = {'exported': 'as it is', 'folded': 'folded', 'twin': 'unshared twin'}
 LABELS = ['net', 'precision', 'runtime', 'form']
+PACKAGED = {'sharesnet164_cifar': 'sharesnet164_cifar.cpu_c10'}  # nets whose weights come with the package
+CALIBRATION = 256  # images
+PRECISIONS = ['fp32', 'int8', 'fp16']
 COLOURS = {'exported': '#b0b0bc', 'folded': '#c44e52', 'twin': '#4c72b0'}
 
 OPENVINO = """
@@ -70,12 +84,14 @@ def ort_runner(path, threads):
 
 
 def openvino_runner(path, threads):
+    import openvino
+
     config = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': threads, 'NUM_STREAMS': 1}
     compiled = openvino.Core().compile_model(path, 'CPU', config)
     return lambda images: compiled(images)[0]
 
 
-RUNTIMES = {
+RUNTIMES = {  # of the ONNX files
     'onnxruntime': (session_memory, ort_runner),
     'openvino': (functools.partial(session_memory, load=OPENVINO), openvino_runner),
 }
@@ -124,13 +140,13 @@ def measure_latency(paths, make_runner, images, threads, turns):
     return {form: (1000 * statistics.median(t), ratios[form]) for form, t in times.items()}
 
 
-def measure(name, args, folder):
-    """The rows of a net."""
+def measure_onnx(name, args, folder):
+    """The rows of a net in the runtimes that take its ONNX files."""
     paths, size = write_files(name, args.precisions, folder)
     rows = []
     for what, (ours, twin) in zip(('gradients', 'AdamW state'), zip(*training_bytes(name), strict=True), strict=True):
         print(f'{name} {what}: {ours / 1e6:.1f} MB, twin {twin / 1e6:.1f} MB, ratio {ours / twin:.3f}')
-    for precision, runtime in itertools.product(args.precisions, args.runtimes):
+    for precision, runtime in itertools.product([p for p in args.precisions if p != 'fp16'], args.onnx_runtimes):
         measure_memory, make_runner = RUNTIMES[runtime]
         files = {form: paths[form, precision] for form in FORMS}
         new = {}
@@ -161,15 +177,86 @@ def measure(name, args, folder):
                 }
         rows += new.values()
         for row in new.values():
-            print(*(f'{k} {v}' for k, v in row.items() if v != ''), sep=', ', flush=True)
+            tell(row)
     return rows
 
 
-def results_file():
+def measure_device(name, key, args, folder):
+    """The rows of a net in a runtime of devices."""
+    runtime, model = runtimes.RUNTIMES[key], create(name)
+    images = torch.randn(8, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
+    paths, rows = {}, {}
+    for form, net in (('folded', fold(model)), ('twin', fold(unshare(model)))):
+        paths[form] = str(folder / form)
+        runtime.convert(net, images, paths[form])
+        rows[form] = {
+            **dict(zip(LABELS, (name, *key[::-1], form), strict=True)),
+            'version': runtime.version(),
+            'file_mb': round(size_of(paths[form]) / 1e6, 2),
+        }
+        if runtime.load is None:
+            continue
+        size = map(str, images.shape[1:])
+        measure_memory = functools.partial(session_memory, paths[form], *size, load=runtimes.loader(key))
+        memory = zip(*(measure_memory() for _ in range(args.processes)), strict=True)
+        rows[form] |= zip(
+            ('loaded_mib', 'held_mib', 'peak_mib'), (round(statistics.median(m), 1) for m in memory), strict=True
+        )
+        with torch.inference_mode():
+            rows[form]['error'] = (
+                f'{error(torch.from_numpy(runtime.load(paths[form], 1)(images.numpy())), net(images)):.1e}'
+            )
+    for threads in args.threads if 1 in args.batch_sizes and runtime.load else []:
+        latency = measure_latency(paths, runtime.load, images[:1].numpy(), threads, args.turns)
+        for form, (ms, ratio) in latency.items():
+            rows[form] |= {f'ms_1x{threads}': f'{ms:.2f}', f'ratio_1x{threads}': f'{ratio:.3f}'}
+    return list(rows.values())
+
+
+def measure_accuracy(name, key, data, folder):
+    """The rows of a net with its packaged weights in a runtime of devices."""
+    runtime = runtimes.RUNTIMES[key]
+    model = timm.create_model(PACKAGED[name], pretrained=True).eval()
+    training, test = FolderImages(data / 'train', model), FolderImages(data / 'test', model)
+    calibration = torch.cat(list(training.batches(training.spread(CALIBRATION))))
+    classes = sorted(path.name for path in (data / 'test').iterdir())
+    labels = [classes.index(Path(name).parent.name) for name in test.reader.filenames(absolute=True)]
+    rows = []
+    for form, net in (('folded', fold(model)), ('twin', fold(unshare(model)))):
+        path = str(folder / form)
+        runtime.convert(net, calibration, path)
+        infer = runtime.load(path, 1)
+        found = np.concatenate([infer(batch.numpy()).argmax(1) for batch in test.batches(range(len(test)))])
+        row = dict(zip(LABELS, (name, *key[::-1], form), strict=True))
+        rows.append(row | {'version': runtime.version(), 'top1': f'{100 * (found == labels).mean():.2f}'})
+    return rows
+
+
+def tell(row):
+    print(*(f'{k} {v}' for k, v in row.items() if v != ''), sep=', ', flush=True)
+
+
+def chosen_devices(args):
+    """The runtimes of devices, by name and precision, that are asked for and installed. It says which are not."""
+    chosen = []
+    for (name, precision), runtime in runtimes.RUNTIMES.items():
+        if name in args.runtimes and precision in args.precisions and not (args.accuracy and runtime.load is None):
+            if runtime.missing():
+                print(f'{name} {precision}: skipped, {" and ".join(runtime.missing())} is not installed')
+            else:
+                chosen.append((name, precision))
+    return chosen
+
+
+def results_file(kind):
     cpu = next((m[1] for m in re.finditer(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())), '')
     machine = '-'.join(re.findall(r'\w+', cpu or platform.machine()))
-    versions = f'ort{onnxruntime.__version__}-ov{openvino.__version__.split("-")[0]}-torch{torch.__version__}'
-    return RESULTS / f'deploy-{machine}-{versions}.csv'
+    versions = f'torch{torch.__version__}'
+    if kind == 'deploy':
+        import openvino
+
+        versions = f'ort{onnxruntime.__version__}-ov{openvino.__version__.split("-")[0]}-{versions}'
+    return RESULTS / f'{kind}-{machine}-{versions}.csv'
 
 
 def update(path, rows):
@@ -217,21 +304,41 @@ def draw(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('nets', nargs='*', metavar='NET', help='all seven by default')
-    parser.add_argument('--precisions', nargs='*', default=['fp32', 'int8'], choices=['fp32', 'int8'])
-    parser.add_argument('--runtimes', nargs='*', default=list(RUNTIMES), choices=list(RUNTIMES))
+    parser.add_argument('--precisions', nargs='*', default=PRECISIONS, choices=PRECISIONS)
+    names = [*RUNTIMES, *dict.fromkeys(name for name, _ in runtimes.RUNTIMES)]
+    parser.add_argument('--runtimes', nargs='*', default=names, choices=names)
     parser.add_argument('--batch-sizes', nargs='*', type=int, default=[1, 8], help='of the latency; none: memory only')
     parser.add_argument('--threads', nargs='*', type=int, default=[1, 2])
     parser.add_argument('--turns', type=int, default=15)
     parser.add_argument('--processes', type=int, default=5, help='that measure memory')
+    parser.add_argument('--accuracy', type=Path, metavar='DATA', help='top-1 of packaged weights, and nothing else')
     args = parser.parse_args()
     unknown = set(args.nets) - set(SHARED)
     if unknown:
         parser.error(f'unknown net {", ".join(sorted(unknown))}, choose from {", ".join(SHARED)}')
+    if args.accuracy and not set(args.nets) <= set(PACKAGED):
+        parser.error(f'--accuracy takes nets whose weights come with the package: {", ".join(PACKAGED)}')
+    nets = args.nets or (PACKAGED if args.accuracy else SHARED)
     RESULTS.mkdir(exist_ok=True)
-    for name in args.nets or SHARED:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = update(results_file(), measure(name, args, Path(folder)))
-        draw(rows)
+    args.onnx_runtimes = [] if args.accuracy else [name for name in RUNTIMES if name in args.runtimes]
+    if args.onnx_runtimes and importlib.util.find_spec('openvino') is None:
+        args.onnx_runtimes = []  # the file of results has its version in its name
+        print('onnxruntime and openvino: skipped, openvino is not installed')
+    devices = chosen_devices(args)
+    for name in nets:
+        if args.onnx_runtimes:
+            with tempfile.TemporaryDirectory() as folder:
+                rows = update(results_file('deploy'), measure_onnx(name, args, Path(folder)))
+            draw(rows)
+        for key in devices:
+            with tempfile.TemporaryDirectory() as folder:
+                if args.accuracy:
+                    rows = measure_accuracy(name, key, args.accuracy, Path(folder))
+                else:
+                    rows = measure_device(name, key, args, Path(folder))
+            for row in rows:
+                tell(row)
+            update(results_file('devices'), rows)
 
 
 if __name__ == '__main__':
