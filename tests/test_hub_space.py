@@ -63,7 +63,7 @@ def published_address(published):
 
 @pytest.fixture(scope='module')
 def address(release, node_modules, tmp_path_factory):
-    """Of the page, with the runtime of the package registry beside it."""
+    """Of the page, with the runtime of npm beside it."""
     target = tmp_path_factory.mktemp('local')
     space.assemble(release, catalog.NAMESPACE, target, node_modules / 'onnxruntime-web' / 'dist')
     yield from serving(target)
