@@ -84,10 +84,7 @@ def ort_runner(path, threads):
 
 
 def openvino_runner(path, threads):
-    import openvino
-
-    config = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': threads, 'NUM_STREAMS': 1}
-    compiled = openvino.Core().compile_model(path, 'CPU', config)
+    compiled = runtimes.compile_openvino(path, threads)
     return lambda images: compiled(images)[0]
 
 

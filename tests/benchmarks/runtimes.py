@@ -347,12 +347,15 @@ def convert_nncf(net, images, path):
         openvino.save_model(quantized, f'{path}.xml', compress_to_fp16=False)
 
 
-def load_openvino(path, threads):
+def compile_openvino(path, threads):
     import openvino
 
     config = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': threads, 'NUM_STREAMS': 1}
-    core = openvino.Core()
-    compiled = core.compile_model(core.read_model(f'{path}.xml'), 'CPU', config)
+    return openvino.Core().compile_model(path, 'CPU', config)
+
+
+def load_openvino(path, threads):
+    compiled = compile_openvino(f'{path}.xml', threads)
     return one_by_one(lambda images: compiled(images)[0])
 
 
