@@ -63,6 +63,22 @@ def test_missing_packages_are_named_once(runtimes):
     assert runtime.missing() == ['absent_runtime']
 
 
+def test_each_use_of_a_kernel_gets_a_parameter_and_nothing_else_changes(runtimes):
+    model = fold(small('bottleneck'))
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    module = runtimes.exported(model, images).module()
+
+    def kernels():
+        return [node for node in module.graph.nodes if node.op == 'get_attr' and 'conv' in node.target]
+
+    uses = sum(len(node.users) for node in kernels())
+    assert len(kernels()) < uses
+    runtimes.separate_uses(module)
+    assert len(kernels()) == len({node.target for node in kernels()}) == uses
+    with torch.no_grad():
+        assert module(images).equal(model(images))
+
+
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('form', ['folded', 'twin'])
 @pytest.mark.parametrize(
@@ -72,7 +88,9 @@ def test_missing_packages_are_named_once(runtimes):
         pytest.param(('ncnn-shared', 'fp32')),
         pytest.param(('mnn', 'fp32')),
         pytest.param(('litert', 'fp32')),
+        pytest.param(('litert', 'int8')),
         pytest.param(('executorch', 'fp32')),
+        pytest.param(('executorch', 'int8'), marks=pytest.mark.slow),
         pytest.param(('nncf', 'int8')),
         pytest.param(('aoti', 'fp32'), marks=pytest.mark.slow),
     ],

@@ -1,13 +1,14 @@
 """Two processes that each have half of the batch give the gradients of one process, averaged over the halves.
 
 Not those of one process with the whole batch: each rank's batch norm normalizes its own half. The two processes (gloo,
-on the CPU) are started once and compute all cases.
+on the CPU) are started once and compute all cases that are asked for.
 """
 
+import json
 import os
 import sys
 from functools import lru_cache
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List
 
 import forks
 import pytest
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from models import RUNS, SMALL, images, small
+from models import RUNS, SMALL, images, slow_but_for, small
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -74,22 +75,21 @@ def gradients(kind: str, half: int, wrap: Callable[[nn.Module], nn.Module] = lam
     return {k: getattr(p.grad, 'full_tensor', lambda p=p: p.grad)() for k, p in model.named_parameters()}
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, cases: List[Dict[str, str]]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
-    for kind in [*SMALL, *RUNS]:
-        for name, wrap in WRAPPERS.items():
-            if name.startswith('fsdp') and FSDP_NEEDS_A_GPU:
-                continue
-            torch.save(gradients(kind, rank, wrap), f'{folder}/{kind}-{name}-{rank}.pt')
+    for kind, name in ((case['kind'], case['wrapper']) for case in cases):
+        if not (name.startswith('fsdp') and FSDP_NEEDS_A_GPU):
+            torch.save(gradients(kind, rank, WRAPPERS[name]), f'{folder}/{kind}-{name}-{rank}.pt')
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope='module')
-def results(tmp_path_factory):
+def results(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp('distributed')
+    cases = json.dumps([item.callspec.params for item in request.session.items if item.path == request.path])
     with (folder / 'log').open('w') as log, open(os.devnull) as nothing:
-        ranks = [forks.Program([__file__, str(rank), folder], [nothing, log, log]) for rank in (0, 1)]
+        ranks = [forks.Program([__file__, str(rank), folder, cases], [nothing, log, log]) for rank in (0, 1)]
         codes = [rank.wait() for rank in ranks]
     assert codes == [0, 0], (folder / 'log').read_text()
     return folder
@@ -102,7 +102,7 @@ def averaged_gradients(kind: str) -> Dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize('wrapper', WRAPPERS)
-@pytest.mark.parametrize('kind', [*SMALL, *RUNS])
+@slow_but_for('basic', 'preact-half', of=[*SMALL, *RUNS])
 def test_both_ranks_have_the_gradients_of_one_process(kind, wrapper, results):
     if wrapper.startswith('fsdp') and FSDP_NEEDS_A_GPU:
         pytest.skip('FSDP2 of torch 2.6 does not run on a CPU')
@@ -112,4 +112,4 @@ def test_both_ranks_have_the_gradients_of_one_process(kind, wrapper, results):
 
 
 if __name__ == '__main__':
-    worker(int(sys.argv[1]), sys.argv[2])
+    worker(int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))

@@ -6,7 +6,7 @@ import forks
 import pytest
 from models import CIFAR_TWINS, SHARED
 
-DEFAULT = ['sharesnet34', 'sharesnet50', 'sharesnet164_cifar', 'shawrn40_4']
+DEFAULT = ['sharesnet50', 'sharesnet164_cifar']
 OTHERS = [name for name in [*SHARED, *CIFAR_TWINS] if name not in DEFAULT]
 
 

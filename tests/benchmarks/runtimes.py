@@ -301,10 +301,31 @@ def convert_executorch_int8(net, images, path):
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-    prepared = prepare_pt2e(exported(net, images).module(), quantizer)
+    module = exported(net, images).module()
+    separate_uses(module)
+    prepared = prepare_pt2e(module, quantizer)
     for image in images.split(1):
         prepared(image)
     _write_executorch(exported(convert_pt2e(prepared), images), path)
+
+
+def separate_uses(module):
+    """Give each use of a parameter a copy, in an exported module: the quantizer leaves all uses but one in fp32.
+
+    The copies are equal, also in int8, and the file has them once.
+    """
+    import torch
+
+    for node in list(module.graph.nodes):
+        users = list(node.users) if node.op == 'get_attr' else []
+        for i, user in enumerate(users[1:]):
+            name = f'{node.target.replace(".", "_")}_use{i}'
+            module.register_parameter(name, torch.nn.Parameter(module.get_parameter(node.target).detach().clone()))
+            with module.graph.inserting_before(user):
+                copy = module.graph.get_attr(name)
+            copy.meta = dict(node.meta)
+            user.replace_input_with(node, copy)
+    module.recompile()
 
 
 def _write_executorch(program, path):
