@@ -75,10 +75,10 @@ def gradients(kind: str, half: int, wrap: Callable[[nn.Module], nn.Module] = lam
     return {k: getattr(p.grad, 'full_tensor', lambda p=p: p.grad)() for k, p in model.named_parameters()}
 
 
-def worker(rank: int, folder: str, cases: List[Dict[str, str]]) -> None:
+def worker(rank: int, folder: str, cases: List[List[str]]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
-    for kind, name in ((case['kind'], case['wrapper']) for case in cases):
+    for kind, name in cases:
         if not (name.startswith('fsdp') and FSDP_NEEDS_A_GPU):
             torch.save(gradients(kind, rank, WRAPPERS[name]), f'{folder}/{kind}-{name}-{rank}.pt')
     dist.destroy_process_group()
@@ -87,7 +87,8 @@ def worker(rank: int, folder: str, cases: List[Dict[str, str]]) -> None:
 @pytest.fixture(scope='module')
 def results(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp('distributed')
-    cases = json.dumps([item.callspec.params for item in request.session.items if item.path == request.path])
+    params = [item.callspec.params for item in request.session.items if item.path == request.path]
+    cases = json.dumps([(p['kind'], p['wrapper']) for p in params])
     with (folder / 'log').open('w') as log, open(os.devnull) as nothing:
         ranks = [forks.Program([__file__, str(rank), folder, cases], [nothing, log, log]) for rank in (0, 1)]
         codes = [rank.wait() for rank in ranks]

@@ -183,9 +183,9 @@ def measure_device(name, key, args, folder):
     runtime, model = runtimes.RUNTIMES[key], create(name)
     images = torch.randn(8, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
     paths, rows = {}, {}
-    # Kernels of its own: copies differ by a scale of each channel, and once int8 has taken it out, OpenVINO stores one
-    twin = create(TWINS[name])
-    for form, net in (('folded', fold(model)), ('twin', fold(twin))):
+    # The twin's kernels are its own: `unshare`'s differ by a scale of each channel, which int8 takes out, and OpenVINO
+    # stores those once that are equal
+    for form, net in (('folded', fold(model)), ('twin', fold(create(TWINS[name])))):
         paths[form] = str(folder / form)
         runtime.convert(net, images, paths[form])
         rows[form] = {
