@@ -99,6 +99,15 @@ def test_tables_of_sharing_are_those_of_the_results_files(monkeypatch: pytest.Mo
         assert share_tables.put(text, tables) == text
 
 
+def test_tables_of_devices_are_those_of_the_results_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import device_tables
+
+    text = (BENCHMARKS / 'README.md').read_text()
+    tables = device_tables.tables(device_tables.read())
+    assert device_tables.put(text, tables) == text
+
+
 @pytest.mark.parametrize('repository', ['', 'https://github.com/org/timm-sharesnet'])
 def test_relative_links_are_absolute_on_pypi_once_the_repository_has_an_address(repository: str) -> None:
     code = (ROOT / '.ci' / 'metadata_hook.py').read_text()

@@ -141,6 +141,11 @@ def test_each_model_has_the_recipe_of_the_paper(model):
     assert config.get('model_kwargs') == ({'block_drop_rate': 0.3} if model == 'shawrn28_10' else None)
 
 
+def test_net_whose_last_stage_alone_shares_has_the_recipe_of_the_paper():
+    paper, last = (load(ROOT / 'train_configs' / f'cifar10_sharesnet164_cifar{end}.yaml') for end in ('', '_last'))
+    assert last == paper | {'model_kwargs': {'share_rate': [0.0, 0.0, 1.0]}}
+
+
 def test_each_cifar_model_has_a_modern_recipe_and_both_datasets_a_distillation():
     names = [path.stem for path in CONFIGS]
     for model in 'cifar10_sharesnet164_cifar', 'cifar10_shawrn40_4', 'cifar100_shawrn28_10':

@@ -21,9 +21,9 @@ device. Needs the extra `timm-sharesnet[bench]`. Exit code 0, or 2 for options t
 
 The runtimes of devices (`runtimes.py`) take one image, and each is skipped where its packages are not installed. The
 net is folded, as the twin is. Their rows go to devices-MACHINE-VERSIONS.csv, with the versions of the runtime, and
-`error`: the largest difference from torch's logits on eight images of noise, relative to the largest logit. What int8
-costs is measured with `--accuracy DATA` instead, and nothing else then: top-1 of the packaged weights on the images of
-DATA/test/CLASS, calibrated with some of DATA/train.
+`error`: the largest difference from torch's logits on eight images of noise, relative to the largest logit; the tables
+of this folder's README are written of them. What int8 costs is measured with `--accuracy DATA` instead, and nothing
+else then: top-1 of the packaged weights on the images of DATA/test/CLASS, calibrated with some of DATA/train.
 """
 
 import argparse
@@ -39,6 +39,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import device_tables
 import matplotlib
 import numpy as np
 import onnxruntime
@@ -338,6 +339,7 @@ def main():
             for row in rows:
                 tell(row)
             update(results_file('devices'), rows)
+            device_tables.write()
 
 
 if __name__ == '__main__':
