@@ -484,7 +484,8 @@ def build(new, release, model, candidates, images):
             loaded, expected = folder.load(target), model.state_dict()
         except RuntimeError:  # not finite
             loaded, expected = model.float(), {}
-        if not expected or any(not torch.equal(v, loaded.state_dict()[k].to(v.dtype)) for k, v in expected.items()):
+        found = loaded.state_dict()
+        if not expected or any(not torch.equal(v, found[k].to(v.dtype)) for k, v in expected.items()):
             raise CommandError(f'{label}: the written file does not hold the same finite values as {dtype}')
         written[label] = measure_accuracy(loaded, images) if images else None
     best = max(written, key=lambda label: (written[label] or {}).get('top1', 0))  # the first, EMA, if equal

@@ -3,6 +3,8 @@
 Every figure comes from the manifest or the paper: A. Boulch, ShaResNet, Pattern Recognition Letters 2018.
 """
 
+import functools
+import json
 import re
 import string
 import textwrap
@@ -183,10 +185,8 @@ def session(measured):
 def describe_model(release, path):
     """What a card tells of a folder's net, as its config.json describes it, and no manifest has."""
     config = timm.data.resolve_data_config(pretrained_cfg=read_json(path / 'config.json')['pretrained_cfg'])
-    args = {'num_classes': release.dataset.classes, 'device': 'meta', **release.model_args}
-    images = torch.zeros(1, *config['input_size'], device='meta')
-    model = timm.create_model(release.arch, **args).eval()
-    features = timm.create_model(release.arch, features_only=True, **args).eval()(images)
+    args = json.dumps({'num_classes': release.dataset.classes, **release.model_args}, sort_keys=True)
+    num_features, features = _count_features(release.arch, args, tuple(config['input_size']))
     _, height, width = config['input_size']
     crop = f'{config["interpolation"]}, centre crop {config["crop_pct"]:g}, ' if config['crop_pct'] < 1 else ''
     mean, std = (' '.join(f'{v:.4g}' for v in config[key]) for key in ('mean', 'std'))
@@ -194,9 +194,17 @@ def describe_model(release, path):
         'height': height,
         'width': width,
         'preprocessing': f'{pixels(height, width)} px, {crop}mean {mean}, std {std}',
-        'num_features': model.forward_head(model.forward_features(images), pre_logits=True).shape[1],
-        'features': ', '.join(str(tuple(f.shape)) for f in features),
+        'num_features': num_features,
+        'features': ', '.join(map(str, features)),
     }
+
+
+@functools.cache
+def _count_features(arch, args, input_size):
+    """What the classifier takes, and the shapes of the feature maps, of a net with these arguments (JSON)."""
+    model = timm.create_model(arch, device='meta', **json.loads(args)).eval()
+    last, features = model.forward_intermediates(torch.zeros(1, *input_size, device='meta'))
+    return model.forward_head(last, pre_logits=True).shape[1], [tuple(f.shape) for f in features]
 
 
 def compose(release, path, namespace, manifest, pin, training):

@@ -31,24 +31,6 @@ def path(project):
     return project / 'hub' / NAME
 
 
-# hub/check.py where the extra [test] is not installed but [onnx] is
-PLAIN = """
-import runpy, sys
-sys.modules.update(dict.fromkeys(('matplotlib', 'mypy', 'pytest', 'torchfile'), None))
-sys.argv, sys.path[0] = sys.argv[1:], sys.argv[1].rpartition('/')[0]
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
-
-
-def test_folders_of_the_project_pass_on_a_plain_install():
-    """With everything that is verified: here 1,000 images are classified."""
-    env = os.environ | {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
-    command = [sys.executable, '-c', PLAIN, str(ROOT / 'hub' / 'check.py')]
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, '')
-    assert f'{NAME}: ok\n' in result.stdout
-
-
 def test_missing_onnx_runtime_is_told_before_anything_is_verified(path, run, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     error = "check.py: onnxruntime is not installed: pip install 'timm-sharesnet[onnx]'"
@@ -267,7 +249,7 @@ def test_wrong_tensors_are_named(path, damage, message):
     tensors = load_file(path / 'model.safetensors')
     damage(tensors)
     save_file(tensors, path / 'model.safetensors')
-    assert any(message in fault for fault in check.model_faults(release(path)))
+    assert any(message in fault for fault in check.model_faults(release(path), sample=False))
 
 
 def test_wrong_figures_and_preprocessing_are_named(path, monkeypatch):
