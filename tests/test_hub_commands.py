@@ -40,6 +40,7 @@ def elsewhere(tmp_path):
     return copy_project(tmp_path / 'été à la mer')
 
 
+@pytest.mark.slow
 def test_folders_of_the_project_pass_on_a_plain_install_under_any_path(tmp_path, elsewhere):
     """With everything that is verified: here 1,000 images are classified."""
     result = start(tmp_path, '-c', PLAIN, elsewhere / 'hub' / 'check.py')

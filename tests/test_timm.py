@@ -3,14 +3,10 @@
 from pathlib import Path
 
 import forks
-import pytest
-from models import CIFAR_TWINS, SHARED
-
-DEFAULT = ['sharesnet50', 'sharesnet164_cifar']
-OTHERS = [name for name in [*SHARED, *CIFAR_TWINS] if name not in DEFAULT]
+from models import CIFAR_TWINS, SHARED, slow_but_for
 
 
-@pytest.mark.parametrize('name', [*DEFAULT, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@slow_but_for('sharesnet164_cifar', name='name', of=[*SHARED, *CIFAR_TWINS])
 def test_every_test_of_timm_s_passes(name):
     suite = forks.run([Path(__file__).with_name('timm_suite.py'), name])
     assert suite.returncode == 0, suite.stdout + suite.stderr

@@ -194,7 +194,7 @@ def test_packaged_weights_load_without_network_and_equal_the_published_folder(no
 
 
 def test_packaged_weights_classify_real_images_as_measured():
-    """The first 200 of the sample: test_hub_check.py has all, with the weights' SHA-256."""
+    """The first 200 of the sample: test_hub_commands.py has all, with the weights' SHA-256."""
     images, labels = (values[:200] for values in load_images()[:2])
     predictions, _ = classify(load().eval().to(memory_format=torch.channels_last), images)
     wrong = [i for i, (found, label) in enumerate(zip(predictions, labels, strict=True)) if found != label]
