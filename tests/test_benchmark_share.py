@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from hub_project import ROOT
+from models import slow_but_for
 
 NETS = {
     'preact': ('resnet164_cifar', {'layers': (2, 2, 2)}),
@@ -47,7 +48,7 @@ def plain_net(kind, images):
     return model.eval()
 
 
-@pytest.mark.parametrize('kind', NETS)
+@slow_but_for('bottleneck', 'basic', of=NETS)
 def test_peers_save_what_is_asked_for_and_little_more(peers, images, kind):
     plain = plain_net(kind, images)
     moments = peers.Moments(plain, images)

@@ -25,7 +25,7 @@ def fresh_compiler():
 # ---- torch.compile
 
 
-@slow_but_for('bottleneck', 'wide', of=ALL)
+@slow_but_for('bottleneck', of=ALL)
 @pytest.mark.parametrize('checkpointing', [False, True], ids=['', 'checkpointing'])
 def test_training_step_compiles_to_one_graph_with_equal_gradients(kind, checkpointing):
     model = small(kind).double().train()
@@ -41,7 +41,7 @@ def test_training_step_compiles_to_one_graph_with_equal_gradients(kind, checkpoi
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-@slow_but_for('bottleneck', 'wide', of=ALL)
+@slow_but_for('wide', of=ALL)
 @pytest.mark.parametrize(
     'dynamic,sizes,graphs',
     [

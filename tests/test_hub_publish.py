@@ -355,7 +355,7 @@ def test_repository_that_cannot_be_verified_stays_private(push, fails, hub, proj
 @pytest.mark.parametrize(
     ('where', 'file', 'message'),
     [
-        ('commit', 'model.safetensors', 'not as sent: model.safetensors'),
+        pytest.param('commit', 'model.safetensors', 'not as sent: model.safetensors', marks=pytest.mark.slow),
         ('commit', 'onnx/model.onnx', 'not as sent: onnx/model.onnx'),
         ('storage', 'model.safetensors', 'timm does not load the same weights from the Hub as from the folder'),
     ],
