@@ -105,8 +105,10 @@ def data(tmp_path):
     ('last', 'ema', 'better'), [(8, 3, 'EMA'), pytest.param(3, 8, 'not averaged', marks=pytest.mark.slow)]
 )
 def test_train_run_becomes_a_folder_with_the_better_weights(
-    project, train_run, data, any_onnx, built, last, ema, better
+    project, train_run, data, no_memory, built, request, last, ema, better
 ):
+    if better == 'EMA':
+        request.getfixturevalue('any_onnx')
     path, *state_dicts = train_run(last, ema)
     name = 'shawrn40_4.test_c10'
     out = built(path, '--model', name, '--data-dir', data)
@@ -143,7 +145,10 @@ def test_train_run_becomes_a_folder_with_the_better_weights(
     assert '/home' not in text
 
     assert check.common_faults(catalog.OURS, *catalog.OURS.read()) == []
-    assert check.model_faults(release(folder), sample=False) == []
+    faults = check.check(release(folder))
+    if better == 'EMA':  # with another net's ONNX file
+        faults = [fault for fault in faults if not fault.startswith('onnx/')]
+    assert faults == []
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,8 @@ def test_folders_of_the_project_pass_on_a_plain_install_under_any_path(tmp_path,
 @pytest.mark.slow
 def test_commands_run_under_any_path_and_without_asserts(tmp_path, elsewhere):
     path = elsewhere / 'hub' / NAME
+    (tmp_path / 'là').mkdir()
     for script, arguments in {'build': [path, '--model', NAME], 'check': [], 'publish': []}.items():
-        result = start(tmp_path, '-O', elsewhere / 'hub' / f'{script}.py', *arguments)
+        result = start(tmp_path / 'là', '-O', elsewhere / 'hub' / f'{script}.py', *arguments)
         assert (result.returncode, result.stderr) == (0, '')
-    assert result.stdout.startswith(f'\\xe9t\\xe9 \\xe0 la mer/hub/{NAME} -> ')
+    assert result.stdout.startswith(f'../\\xe9t\\xe9 \\xe0 la mer/hub/{NAME} -> ')

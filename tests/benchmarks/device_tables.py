@@ -1,11 +1,9 @@
 """The tables of what `deploy.py` measured in the runtimes of devices, of the rows of all machines."""
 
 import csv
-from pathlib import Path
 
-from share_tables import markdown, put
+from share_tables import RESULTS, markdown, put
 
-RESULTS = Path(__file__).with_name('results')
 NETS = 'sharesnet34', 'sharesnet50', 'sharesnet152', 'sharesnet164_cifar'
 NAMES = {
     'ncnn': 'ncnn, as pnnx writes it',
@@ -66,7 +64,11 @@ def held(folded=None, twin=None):
     if not (folded and folded['held_mib']):
         return '-'
     ours, other = (float(row['held_mib']) for row in (folded, twin))
-    return f'{ours:.{0 if ours >= 30 else 1}f} / {other:.{0 if other >= 30 else 1}f}, {float(folded["ratio_1x1"]):.2f}'
+    return f'{short(ours)} / {short(other)}, {float(folded["ratio_1x1"]):.2f}'
+
+
+def short(mib):
+    return f'{mib:.0f}' if mib >= 30 else f'{mib:.1f}'
 
 
 def accuracies(found):
